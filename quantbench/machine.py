@@ -1,0 +1,114 @@
+"""The machine: its facts, its package versions, and the meters that a measurement reads."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+PACKAGES = ("quantbench", "torch", "transformers", "accelerate", "bitsandbytes")
+
+
+@functools.cache
+def facts() -> dict:
+    """What this machine is: CPU, cores, RAM and, where there is one, the GPU. Plain JSON, no changing readings."""
+    found = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "os": f"{platform.system()} {platform.machine()}",
+        "dynamic_int8": bool({"x86", "fbgemm", "qnnpack"} & set(torch.backends.quantized.supported_engines)),
+    }
+    if not torch.cuda.is_available():
+        return found
+    gpu = torch.cuda.get_device_properties(0)
+    return found | {
+        "gpu": gpu.name,
+        "gpu_count": torch.cuda.device_count(),
+        "gpu_bytes": gpu.total_memory,
+        "gpu_capability": [gpu.major, gpu.minor],
+        "gpu_multiprocessors": gpu.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that a number depends on; a package that is missing is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found | {"torch": torch.__version__}  # with its build: +cpu, +cu128
+
+
+def synchronize(device: str) -> None:
+    """Wait until everything queued on `device` has run, so that a clock read after it is true."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def held_bytes(device: str) -> int:
+    """Bytes this process holds now: allocated by torch on a GPU, resident on a CPU."""
+    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+
+
+def device_bytes() -> int | None:
+    """Bytes in use on the whole GPU, by every process and the CUDA context; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def reset_peak(device: str) -> bool:
+    """Start a new peak from what is held now. False where the system cannot (then there is no peak to read)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:  # Linux: 5 resets the peak resident size; see proc(5), clear_refs
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(device: str) -> int:
+    """The most bytes held since `reset_peak`: allocated by torch on a GPU, resident on a CPU (Linux)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def release(device: str) -> None:
+    """Give cached GPU memory back, cuBLAS's workspaces included, so that the next model starts clean."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # no public call; they are allocated through torch and stay counted
+        torch.cuda.empty_cache()
+
+
+def _cpu_name() -> str:
+    """The processor's name: "Intel(R) Xeon(R) CPU @ 2.20GHz"."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def _driver() -> str | None:
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    return None

@@ -1,0 +1,265 @@
+"""What one cell was asked and gave, and the figures derived from it: one line of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property
+from statistics import median
+
+from quantbench.settings import SETTINGS
+from quantbench.stats import Interval, median_ci
+
+SCHEMA = 1
+STATUSES = ("ok", "unavailable", "out_of_memory", "crashed", "timeout", "failed")
+WEIGHTS = ("pretrained", "bundled", "random")
+PROMPT = "Once upon a time, in a small village by the sea"  # 12 GPT-2 tokens, as the published experiment counted
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompt, batch size, `max_new_tokens`, and how long to repeat. Raises ValueError for one that cannot run."""
+
+    prompt: str = PROMPT
+    max_new_tokens: int = 128
+    batch_size: int = 1
+    repeats: int | None = None  # exactly this many; None: 3 to 10, by interval and budget
+    budget_s: float = 30.0  # per cell, for the repeats
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError("the prompt is empty: give at least one word")
+        for name in ("max_new_tokens", "batch_size", "repeats"):
+            value = getattr(self, name)
+            if value is None and name == "repeats":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not self.budget_s > 0:
+            raise ValueError(f"budget_s must be above 0 seconds, not {self.budget_s!r}")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How a derived figure is named wherever it is shown."""
+
+    name: str
+    label: str
+
+
+FIGURES: dict[str, Figure] = {}
+
+
+def figure(label: str) -> Callable[[Callable], cached_property]:
+    """Make a method of `Measurement` a derived figure: computed on read, never stored, one label everywhere."""
+
+    def register(method: Callable) -> cached_property:
+        FIGURES[method.__name__] = Figure(method.__name__, label)
+        return cached_property(method)
+
+    return register
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Measurement:
+    """Raw samples and facts of one cell. Seconds, bytes and joules; everything else is derived on read."""
+
+    model: str
+    setting: str
+    max_new_tokens: int
+    schema: int = SCHEMA
+    created_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    revision: str | None = None
+    weights: str | None = None  # one of WEIGHTS; None where nothing was loaded
+    engine: str = "eager"
+    prompt: str = PROMPT
+    prompt_tokens: int | None = None
+    batch_size: int = 1
+    new_tokens: int | None = None
+    status: str = "ok"
+    reason: str | None = None
+    load_s: float | None = None
+    latencies_s: list[float] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
+    text: str | None = None  # the continuation; None where the weights are random
+    weights_bytes: int | None = None
+    held_before_bytes: int | None = None  # what the process held before load: VRAM on a GPU, resident on a CPU
+    load_peak_bytes: int | None = None
+    vram_peak_bytes: int | None = None
+    vram_reserved_bytes: int | None = None
+    vram_device_bytes: int | None = None
+    ram_peak_bytes: int | None = None
+    audit: dict | None = None
+    energy_j: list[float] | None = None
+    machine: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {self.status!r}")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, not {self.weights!r}")
+        for name in ("latencies_s", "first_token_s"):
+            if not all(math.isfinite(s) and s > 0 for s in getattr(self, name)):
+                raise ValueError(f"{name} must be finite and above 0")
+
+    @property
+    def key(self) -> tuple:
+        """What makes two rows the same cell: a later one replaces the earlier."""
+        versions = tuple(sorted(self.versions.items()))
+        return (self.model, self.revision, self.weights, self.setting, self.engine, self.prompt, self.batch_size,
+                self.max_new_tokens, self.machine_name, versions)
+
+    @property
+    def machine_name(self) -> str:
+        """GPU and CPU in words; rows of two machines are never mixed in one table or chart."""
+        return " · ".join(part for part in (self.machine.get("gpu"), self.machine.get("cpu")) if part)
+
+    @property
+    def setting_label(self) -> str:
+        return SETTINGS[self.setting].label if self.setting in SETTINGS else self.setting
+
+    # ---- derived figures: one entry each, and tables, charts and findings know it by its label ----
+
+    @figure("Latency (s)")
+    def latency_s(self) -> float | None:
+        """Median seconds of a whole `generate`, prompt included."""
+        return median(self.latencies_s) if self.latencies_s else None
+
+    @figure("Latency 95% (s)")
+    def latency_ci(self) -> Interval | None:
+        """Bootstrap 95% interval of the median latency."""
+        return median_ci(self.latencies_s)
+
+    @figure("Tokens/sec")
+    def tokens_per_s(self) -> float | None:
+        """batch_size x new_tokens / latency: the prompt is never counted."""
+        return self._tokens / self.latency_s if self.latency_s and self.new_tokens else None
+
+    @figure("Tokens/sec 95%")
+    def tokens_per_s_ci(self) -> Interval | None:
+        """The latency's interval, turned over."""
+        if not (self.latency_ci and self.new_tokens):
+            return None
+        return self._tokens / self.latency_ci[1], self._tokens / self.latency_ci[0]
+
+    @figure("TTFT (s)")
+    def ttft_s(self) -> float | None:
+        """Time to first token: median seconds of a separate `generate` of one token."""
+        return median(self.first_token_s) if self.first_token_s else None
+
+    @figure("Decode tokens/sec")
+    def decode_tokens_per_s(self) -> float | None:
+        """batch_size x (new_tokens - 1) / (latency - TTFT): the rate after the first token."""
+        if not (self.latency_s and self.ttft_s and self.new_tokens) or self.latency_s <= self.ttft_s:
+            return None
+        return self.batch_size * (self.new_tokens - 1) / (self.latency_s - self.ttft_s)
+
+    @figure("VRAM (GB)")
+    def vram_gb(self) -> float | None:
+        """Peak allocated while generating, in 1e9 bytes; None on a CPU."""
+        return None if self.vram_peak_bytes is None else self.vram_peak_bytes / 1e9
+
+    @figure("RAM peak (GB)")
+    def ram_peak_gb(self) -> float | None:
+        """Peak resident memory above the level before load, in 1e9 bytes; None on a GPU."""
+        return None if self.ram_peak_bytes is None else self.ram_peak_bytes / 1e9
+
+    @figure("Weights (GB)")
+    def weights_gb(self) -> float | None:
+        """Parameters, buffers and quantisation state, in 1e9 bytes."""
+        return None if self.weights_bytes is None else self.weights_bytes / 1e9
+
+    @figure("Noisy")
+    def noisy(self) -> bool:
+        """The interval's half-width is over 10% of the median."""
+        if not self.latency_ci:
+            return False
+        return (self.latency_ci[1] - self.latency_ci[0]) / 2 > 0.10 * self.latency_s
+
+    @property
+    def _tokens(self) -> int:
+        return self.batch_size * self.new_tokens
+
+    # ---- in and out ----
+
+    def to_json(self) -> str:
+        """One line of JSON; raises ValueError rather than write NaN or infinity."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Measurement:
+        """The measurement of one line. Raises ValueError for anything else, `NewerSchema` for a later format."""
+        data = json.loads(line, parse_constant=_refuse_constant)
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+        schema = data.get("schema")
+        if isinstance(schema, bool) or not isinstance(schema, int):
+            raise ValueError("no schema number")
+        if schema > SCHEMA:
+            raise NewerSchema(f"schema {schema}, but this quantbench reads up to {SCHEMA}: upgrade quantbench")
+        for name, value in data.items():
+            if name not in _FIELD_TYPES:
+                raise ValueError(f"unknown field {name!r}")
+            if not _is_a(value, _FIELD_TYPES[name]):
+                raise ValueError(f"{name} is {value!r}")
+        missing = [name for name in ("model", "setting", "max_new_tokens") if name not in data]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)}")
+        return cls(**data)
+
+    def summary(self) -> dict[str, str]:
+        """The row as a person reads it: label -> text."""
+        row = {"Model": self.model, "Setting": self.setting_label, "Max New Tokens": str(self.max_new_tokens)}
+        if self.status != "ok":
+            return row | {"Status": self.status, "Reason": self.reason or ""}
+        low, high = self.tokens_per_s_ci or (self.tokens_per_s, self.tokens_per_s)
+        memory = "vram_gb" if self.vram_peak_bytes is not None else "weights_gb"
+        row |= {
+            FIGURES["latency_s"].label: f"{self.latency_s:.3f}",
+            FIGURES["tokens_per_s"].label: f"{self.tokens_per_s:.1f} ({low:.1f}–{high:.1f})",
+            FIGURES["ttft_s"].label: f"{self.ttft_s:.3f}" if self.ttft_s else "–",
+            FIGURES[memory].label: f"{getattr(self, memory):.3f}" if self.weights_bytes is not None else "–",
+            "Weights": self.weights or "–",
+        }
+        return row | ({"Note": "noisy"} if self.noisy else {})
+
+    def __repr__(self) -> str:
+        return "Measurement(" + ", ".join(f"{label}: {text}" for label, text in self.summary().items()) + ")"
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(label)}</th>" for label in self.summary())
+        cells = "".join(f"<td>{html.escape(text)}</td>" for text in self.summary().values())
+        return f"<table><thead><tr>{head}</tr></thead><tbody><tr>{cells}</tr></tbody></table>"
+
+
+class NewerSchema(ValueError):
+    """A results file that a later quantbench wrote."""
+
+
+_FIELD_TYPES = typing.get_type_hints(Measurement)
+
+
+def _is_a(value: object, hint: object) -> bool:
+    """Whether a JSON value fits a field's type: the few shapes that Measurement uses."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_a(value, option) for option in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(item, inner[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
