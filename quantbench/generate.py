@@ -1,0 +1,133 @@
+"""Timed generation: one cell's samples, taken the way docs and README say they are."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm.auto import tqdm
+
+from quantbench import machine
+from quantbench.loaded import LoadedModel
+from quantbench.record import PROMPT, Measurement, Workload
+from quantbench.settings import unknown
+from quantbench.stats import median_ci
+
+ENGINES = ("eager",)
+REPEATS = (3, 10)  # at least, at most
+CLOSE_ENOUGH = 0.03  # stop repeating when the interval's half-width is within this share of the median
+CPU_WARM_UP_TOKENS = 16  # on a GPU the warm-up has full length: kernels are chosen and memory is grown by then
+
+
+def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *, batch_size: int = 1,
+             repeats: int | None = None, budget_s: float = 30.0, engine: str = "eager",
+             clock: Callable[[], float] = time.perf_counter, progress: bool = True) -> Measurement:
+    """Greedy generation of exactly `max_new_tokens` tokens for `batch_size` copies of `prompt`, timed.
+
+    After a warm-up, at least 3 and at most 10 repeats: until the 95% interval of the median latency is within 3%
+    or `budget_s` seconds are spent; `repeats` fixes their number. Each repeat also times a `generate` of one token,
+    the time to first token. `clock` returns seconds. Nothing but transformers' `generate` runs between two
+    readings of the clock.
+
+    A model that could not be loaded, or that runs out of memory, gives a row that says so. Raises ValueError for
+    a workload that cannot run (see `Workload`) or is over the model's context length, RuntimeError for a closed
+    model or a wrong token count.
+    """
+    workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s)
+    if engine not in ENGINES:
+        raise ValueError(unknown("engine", engine, ENGINES))
+    facts = _facts(lm, workload, engine)
+    if lm.status != "ok":
+        return Measurement(**facts, status=lm.status, reason=lm.reason)
+    if lm.model is None:
+        raise RuntimeError(f"{lm!r}: load it again to generate")
+    inputs = _inputs(lm, workload)
+    facts["prompt_tokens"] = inputs["input_ids"].shape[1]
+    try:
+        return Measurement(**facts, **_measure(lm, inputs, workload, clock, progress))
+    except (RuntimeError, MemoryError) as error:
+        if (reason := machine.out_of_memory(error)) is None:
+            raise
+    gc.collect()  # not in the except clause: the traceback holds what was allocated
+    machine.release(lm.device)
+    return Measurement(**facts, status="out_of_memory", reason=reason)
+
+
+def _measure(lm: LoadedModel, inputs: dict, workload: Workload, clock: Callable, progress: bool) -> dict:
+    tokens = workload.max_new_tokens
+    held = machine.held_bytes(lm.device)
+    _timed(lm, inputs, tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS), clock)
+    has_peak = machine.reset_peak(lm.device)
+    latencies: list[float] = []
+    first_token: list[float] = []
+    most = workload.repeats or REPEATS[1]
+    title = f"{lm.name} · {lm.setting.label} · {tokens} tokens"
+    with tqdm(total=most, desc=title, unit="repeat", leave=False, disable=not progress) as bar:
+        while not _enough(latencies, sum(latencies) + sum(first_token), workload):
+            seconds, output = _timed(lm, inputs, tokens, clock)
+            latencies.append(seconds)
+            first_token.append(_timed(lm, inputs, 1, clock)[0])
+            bar.update()
+    return {
+        "new_tokens": tokens,
+        "latencies_s": latencies,
+        "first_token_s": first_token,
+        "text": lm.decode(output[0, -tokens:]),
+    } | _memory(lm, held, has_peak)
+
+
+def _timed(lm: LoadedModel, inputs: dict, tokens: int, clock: Callable) -> tuple[float, torch.Tensor]:
+    """Seconds of one `generate` of exactly `tokens` tokens, and its output [batch, prompt + tokens]."""
+    machine.synchronize(lm.device)
+    start = clock()
+    output = lm.model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+    machine.synchronize(lm.device)
+    seconds = clock() - start
+    new = output.shape[1] - inputs["input_ids"].shape[1]
+    if new != tokens:
+        raise RuntimeError(f"{lm.name} generated {new} tokens where {tokens} were asked for")
+    return seconds, output
+
+
+def _enough(latencies: list[float], spent_s: float, workload: Workload) -> bool:
+    if workload.repeats is not None:
+        return len(latencies) >= workload.repeats
+    least, most = REPEATS
+    if len(latencies) < least or len(latencies) >= most:
+        return len(latencies) >= most
+    low, high = median_ci(latencies)
+    return (high - low) / (high + low) <= CLOSE_ENOUGH or spent_s >= workload.budget_s
+
+
+def _inputs(lm: LoadedModel, workload: Workload) -> dict:
+    inputs = lm.encode(workload.prompt, workload.batch_size)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if lm.context_length and prompt_tokens + workload.max_new_tokens > lm.context_length:
+        raise ValueError(f"{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
+                         f"{lm.context_length} tokens that {lm.name} has positions for")
+    return inputs
+
+
+def _facts(lm: LoadedModel, workload: Workload, engine: str) -> dict:
+    """What is known before anything runs."""
+    return {
+        "model": lm.name, "revision": lm.revision, "weights": lm.weights, "setting": lm.setting.key,
+        "engine": engine, "prompt": workload.prompt, "batch_size": workload.batch_size,
+        "max_new_tokens": workload.max_new_tokens, "load_s": lm.load_s, "weights_bytes": lm.weights_bytes,
+        "held_before_bytes": lm.held_before_bytes, "load_peak_bytes": lm.load_peak_bytes, "audit": lm.audit,
+        "machine": machine.facts(), "versions": machine.versions(),
+    }
+
+
+def _memory(lm: LoadedModel, held: int, has_peak: bool) -> dict:
+    """The peak since the warm-up, of this model alone: what it allocated at load, and what `generate` added."""
+    peak = machine.peak_bytes(lm.device) if has_peak else None
+    if lm.device == "cpu":
+        return {"ram_peak_bytes": None if peak is None else max(peak - lm.held_before_bytes, 0)}
+    return {
+        "vram_peak_bytes": lm.held_after_bytes - lm.held_before_bytes + peak - held,
+        "vram_reserved_bytes": torch.cuda.memory_reserved(),
+        "vram_device_bytes": machine.device_bytes() - lm.device_before_bytes,
+    }

@@ -1,0 +1,36 @@
+"""Tiny real models (a GPT-2 with Conv1D, a Llama with Linear) and a cache folder of the tests' own."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["QUANTBENCH_CACHE"] = os.environ.get("QUANTBENCH_TEST_CACHE", str(Path(__file__).parent.parent / "build/cache"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY = {
+    "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 64, "vocab_size": 500,
+             "bos_token_id": 0, "eos_token_id": 0},
+    "llama": {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500, "max_position_embeddings": 64,
+              "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2},
+}
+CPU_SETTINGS = ("cpu-fp32", "cpu-bf16", "cpu-int8", "cpu-int4", "cpu-int8-dynamic")
+
+
+@pytest.fixture(scope="session", params=sorted(TINY))
+def tiny(request, tmp_path_factory) -> str:
+    """The folder of a tiny model that holds a config.json alone, so that its weights are random."""
+    return _folder(tmp_path_factory, request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory) -> str:
+    return _folder(tmp_path_factory, "gpt2")
+
+
+def _folder(tmp_path_factory, name: str) -> str:
+    folder = tmp_path_factory.mktemp(f"tiny-{name}-")
+    (folder / "config.json").write_text(json.dumps(TINY[name]))
+    return str(folder)

@@ -1,0 +1,187 @@
+"""The timed generate: exact counts, exact latencies, and the same speed as a plain loop."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import quantbench as qb
+
+
+class Clock:
+    """Seconds that advance by the next of `steps` between a timed region's two readings, and by 100 outside it."""
+
+    def __init__(self, *steps: float) -> None:
+        self.now, self.steps, self.readings = 0.0, list(steps), 0
+
+    def __call__(self) -> float:
+        self.now += self.steps.pop(0) if self.readings % 2 else 100.0
+        self.readings += 1
+        return self.now
+
+
+@pytest.fixture
+def lm(tiny):
+    with qb.load(tiny, "cpu-fp32") as loaded:
+        yield loaded
+
+
+def test_latency_and_ttft_are_what_the_clock_says(lm):
+    clock = Clock(9.0, 2.0, 0.25, 4.0, 0.5, 3.0, 0.125)  # the warm-up, then latency and first token, three times
+    row = qb.generate(lm, max_new_tokens=6, repeats=3, clock=clock, progress=False)
+    assert row.latencies_s == [2.0, 4.0, 3.0] and row.first_token_s == [0.25, 0.5, 0.125]
+    assert (row.latency_s, row.tokens_per_s, row.ttft_s) == (3.0, 2.0, 0.25)
+    assert row.decode_tokens_per_s == 5 / 2.75
+
+
+def test_repeats_stop_when_the_interval_is_narrow(lm):
+    steady = Clock(*[1.0] * 30)
+    assert len(qb.generate(lm, max_new_tokens=2, clock=steady, progress=False).latencies_s) == 3
+
+
+def test_repeats_go_on_while_it_is_wide_but_at_most_ten(lm):
+    wild = Clock(1.0, *[x for i in range(10) for x in (1.0 + i % 2, 0.1)])
+    assert len(qb.generate(lm, max_new_tokens=2, clock=wild, progress=False).latencies_s) == 10
+
+
+def test_repeats_stop_at_the_budget_but_not_below_three(lm):
+    wild = Clock(1.0, *[x for i in range(10) for x in (10.0 + 10 * (i % 2), 0.1)])
+    assert len(qb.generate(lm, max_new_tokens=2, clock=wild, budget_s=5, progress=False).latencies_s) == 3
+
+
+def test_an_eos_that_would_stop_the_model_early_does_not(lm):
+    inputs = lm.encode(qb.PROMPT)
+    first = int(lm.model(**inputs).logits[0, -1].argmax())
+    lm.model.generation_config.eos_token_id = first  # greedy decoding would stop at the first token
+    free = lm.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert free.shape[1] == inputs["input_ids"].shape[1] + 1
+    row = qb.generate(lm, max_new_tokens=8, repeats=1, progress=False)
+    assert (row.new_tokens, row.prompt_tokens) == (8, inputs["input_ids"].shape[1])
+
+
+def test_a_wrong_token_count_raises(lm, monkeypatch):
+    whole = lm.model.generate
+    monkeypatch.setattr(lm.model, "generate", lambda **how: whole(**how)[:, :-1])
+    with pytest.raises(RuntimeError, match="generated 7 tokens where 8 were asked for"):
+        qb.generate(lm, max_new_tokens=8, repeats=1, progress=False)
+
+
+def test_a_model_slowed_by_a_known_sleep_has_that_latency(lm):
+    lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    row = qb.generate(lm, max_new_tokens=10, repeats=3, progress=False)
+    assert 0.5 <= row.latency_s < 0.65 and 0.05 <= row.ttft_s < 0.1
+    assert row.decode_tokens_per_s == pytest.approx(20, rel=0.2)
+
+
+def test_tokens_per_second_agree_with_a_loop_by_hand():
+    """Interleaved, and the median of the ratios: what slows the machine slows both."""
+    ratios = []
+    with qb.load("distilgpt2", "cpu-fp32", weights="random") as lm:
+        inputs = lm.encode(qb.PROMPT)
+        how = {"min_new_tokens": 32, "max_new_tokens": 32, "do_sample": False}
+        qb.generate(lm, max_new_tokens=32, repeats=1, progress=False)
+        for _ in range(9):
+            ours = qb.generate(lm, max_new_tokens=32, repeats=1, progress=False).tokens_per_s
+            start = time.perf_counter()
+            lm.model.generate(**inputs, **how)
+            ratios.append(ours / (32 / (time.perf_counter() - start)))
+    assert statistics.median(ratios) == pytest.approx(1, abs=0.05)
+
+
+def test_a_batch_counts_every_sequence(lm):
+    row = qb.generate(lm, max_new_tokens=5, batch_size=3, repeats=1, clock=Clock(1, 2, 1), progress=False)
+    assert (row.batch_size, row.new_tokens, row.tokens_per_s) == (3, 5, 7.5)
+
+
+def test_nothing_but_generate_runs_in_a_timed_region(lm, monkeypatch):
+    calls = []
+    plain = lm.model.generate
+    monkeypatch.setattr(lm.model, "generate", lambda **how: calls.append(set(how)) or plain(**how))
+    qb.generate(lm, max_new_tokens=2, repeats=2, progress=False)
+    assert len(calls) == 5  # warm-up, then twice: whole, first token
+    assert all(not {"streamer", "logits_processor", "stopping_criteria"} & names for names in calls)
+
+
+@pytest.mark.parametrize("bad, message", [
+    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+    ({"batch_size": 0}, "batch_size must be a whole number"),
+    ({"prompt": "  "}, "the prompt is empty"),
+    ({"max_new_tokens": 60}, "12 prompt tokens \\+ 60 new ones are over the 64 tokens"),
+    ({"engine": "eagre"}, "unknown engine 'eagre'; did you mean 'eager'"),
+    ({"budget_s": 0}, "budget_s must be above 0"),
+])
+def test_a_workload_that_cannot_run_is_refused(lm, bad, message):
+    with pytest.raises(ValueError, match=message):
+        qb.generate(lm, **bad)
+
+
+def test_a_closed_model_is_refused(tiny):
+    with qb.load(tiny, "cpu-fp32") as lm:
+        pass
+    with pytest.raises(RuntimeError, match="load it again"):
+        qb.generate(lm)
+
+
+def test_running_out_of_memory_is_a_row_and_the_model_lives_on(lm):
+    inner = lm.model.lm_head
+    hook = inner.register_forward_pre_hook(lambda *_: torch.empty(2**60))  # an exabyte: refused for real
+    row = qb.generate(lm, max_new_tokens=2, progress=False)
+    assert row.status == "out_of_memory" and "allocate" in row.reason and row.latencies_s == []
+    hook.remove()
+    assert qb.generate(lm, max_new_tokens=2, repeats=1, progress=False).status == "ok"
+
+
+def test_any_other_error_raises(lm):
+    lm.model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        qb.generate(lm, max_new_tokens=2, progress=False)
+
+
+def test_the_row_says_where_and_with_what_it_was_made(lm):
+    row = qb.generate(lm, max_new_tokens=2, repeats=1, progress=False)
+    assert row.machine["cpu"] and row.machine["cores"] >= 1 and row.machine["ram_bytes"] > 1e9
+    assert {"python", "torch", "transformers", "bitsandbytes", "quantbench"} <= set(row.versions)
+    assert row.weights_bytes > 0 and row.load_s > 0 and row.audit["compute_dtype"] == "float32"
+    assert row.vram_gb is None and row.text is None
+    assert json.loads(row.to_json())["machine"] == row.machine
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak of resident memory to reset here")
+def test_the_resident_peak_sees_what_generate_allocates(tiny):
+    with qb.load(tiny, "cpu-fp32") as lm:
+        before = qb.generate(lm, max_new_tokens=2, repeats=1, progress=False).ram_peak_bytes
+        lm.model.lm_head.register_forward_pre_hook(_touch_200_mb)
+        after = qb.generate(lm, max_new_tokens=2, repeats=1, progress=False).ram_peak_bytes
+    assert 195e6 < after - before < 260e6
+
+
+def _touch_200_mb(*_: object) -> None:
+    torch.ones(50_000_000)
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: the GPU settings were not run")
+
+
+@gpu
+@pytest.mark.parametrize("setting", [key for key, row in qb.SETTINGS.items() if row.device == "cuda"])
+def test_every_gpu_setting(tiny, setting):
+    with qb.load(tiny, setting) as lm:
+        row = qb.generate(lm, max_new_tokens=4, repeats=2, progress=False)
+    assert row.status == "ok" and row.vram_peak_bytes >= row.weights_bytes * 0.98
+    assert row.vram_reserved_bytes >= row.vram_peak_bytes and row.ram_peak_bytes is None
+
+
+@gpu
+def test_no_memory_stays_over_fifty_rounds(tiny_gpt2):
+    keys = ["gpu-fp16", "gpu-int8", "gpu-int4", "gpu-fp32"]
+    with qb.load(tiny_gpt2, "gpu-fp16") as lm:
+        qb.generate(lm, max_new_tokens=2, repeats=1, progress=False)
+    start = torch.cuda.memory_allocated()
+    for i in range(50):
+        with qb.load(tiny_gpt2, keys[i % 4]) as lm:
+            qb.generate(lm, max_new_tokens=2, repeats=1, progress=False)
+        assert torch.cuda.memory_allocated() - start < 2**20
