@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from quantbench import machine
-from quantbench.loaded import LoadedModel
+from quantbench.loaded import LoadedModel, check_length
 from quantbench.record import PROMPT, Measurement, Workload
 from quantbench.settings import unknown
 from quantbench.stats import median_ci
@@ -38,25 +38,25 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s)
     if engine not in ENGINES:
         raise ValueError(unknown("engine", engine, ENGINES))
-    facts = _facts(lm, workload, engine)
+    asked = _asked(lm, workload, engine)
     if lm.status != "ok":
-        return Measurement(**facts, status=lm.status, reason=lm.reason)
+        return Measurement(**asked, status=lm.status, reason=lm.reason)
     if lm.model is None:
         raise RuntimeError(f"{lm!r}: load it again to generate")
-    inputs = _inputs(lm, workload)
-    facts["prompt_tokens"] = inputs["input_ids"].shape[1]
+    asked["prompt_tokens"] = lm.encode(workload.prompt)["input_ids"].shape[1]
+    check_length(lm.name, asked["prompt_tokens"], workload, lm.context_length)
     try:
-        return Measurement(**facts, **_measure(lm, inputs, workload, clock, progress))
+        return Measurement(**asked, **_measure(lm, workload, clock, progress))
     except (RuntimeError, MemoryError) as error:
         if (reason := machine.out_of_memory(error)) is None:
             raise
     gc.collect()  # not in the except clause: the traceback holds what was allocated
     machine.release(lm.device)
-    return Measurement(**facts, status="out_of_memory", reason=reason)
+    return Measurement(**asked, status="out_of_memory", reason=reason)
 
 
-def _measure(lm: LoadedModel, inputs: dict, workload: Workload, clock: Callable, progress: bool) -> dict:
-    tokens = workload.max_new_tokens
+def _measure(lm: LoadedModel, workload: Workload, clock: Callable, progress: bool) -> dict:
+    inputs, tokens = lm.encode(workload.prompt, workload.batch_size), workload.max_new_tokens
     held = machine.held_bytes(lm.device)
     _timed(lm, inputs, tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS), clock)
     has_peak = machine.reset_peak(lm.device)
@@ -101,16 +101,7 @@ def _enough(latencies: list[float], spent_s: float, workload: Workload) -> bool:
     return (high - low) / (high + low) <= CLOSE_ENOUGH or spent_s >= workload.budget_s
 
 
-def _inputs(lm: LoadedModel, workload: Workload) -> dict:
-    inputs = lm.encode(workload.prompt, workload.batch_size)
-    prompt_tokens = inputs["input_ids"].shape[1]
-    if lm.context_length and prompt_tokens + workload.max_new_tokens > lm.context_length:
-        raise ValueError(f"{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
-                         f"{lm.context_length} tokens that {lm.name} has positions for")
-    return inputs
-
-
-def _facts(lm: LoadedModel, workload: Workload, engine: str) -> dict:
+def _asked(lm: LoadedModel, workload: Workload, engine: str) -> dict:
     """What is known before anything runs."""
     return {
         "model": lm.name, "revision": lm.revision, "weights": lm.weights, "setting": lm.setting.key,

@@ -11,6 +11,7 @@ import zlib
 import torch
 
 from quantbench import machine
+from quantbench.record import Workload
 from quantbench.settings import Setting
 
 LEFT_BEHIND = 2**20  # bytes that may stay allocated after close before it is worth a warning
@@ -35,7 +36,7 @@ class LoadedModel:
 
     def encode(self, prompt: str, batch_size: int = 1) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` on the device, each of shape [batch_size, prompt tokens]."""
-        ids = torch.tensor([self.tokenizer.encode(prompt)] * batch_size, device=self.model.device)
+        ids = torch.tensor([self.tokenizer.encode(prompt)], device=self.model.device).repeat(batch_size, 1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def decode(self, ids: torch.Tensor) -> str | None:
@@ -74,6 +75,13 @@ class LoadedModel:
         audited = f", {self.audit['quantised']} × {self.audit['class']}" if self.audit["quantised"] else ""
         return (title + f"{self.weights} weights, {self.weights_bytes / 1e6:.0f} MB{audited}, "
                 f"loaded in {self.load_s:.1f} s" + ("" if self.model is not None else ", closed"))
+
+
+def check_length(name: str, prompt_tokens: int, workload: Workload, context_length: int | None) -> None:
+    """Raise ValueError if prompt and new tokens are more than the model has positions for."""
+    if context_length and prompt_tokens + workload.max_new_tokens > context_length:
+        raise ValueError(f"{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
+                         f"{context_length} tokens that {name} has positions for")
 
 
 class StandInTokenizer:

@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quantbench import machine
 from quantbench.audit import audit, check
-from quantbench.loaded import LoadedModel, StandInTokenizer
+from quantbench.loaded import LoadedModel, StandInTokenizer, check_length
+from quantbench.record import Workload
 from quantbench.settings import Setting, find_setting, unavailable_reason
 from quantbench.weights import SEED, Source, cache_folder, check_name, find
 
@@ -40,12 +41,21 @@ def load(model: str, setting: str, weights: str | None = None) -> LoadedModel:
     """
     row = find_setting(setting)
     check_name(model, weights)
-    lm = LoadedModel(model, row)
-    has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-    if reason := unavailable_reason(row, machine.facts(), has_bitsandbytes):
+    if reason := why_not(row):
+        lm = LoadedModel(model, row)
         lm.status, lm.reason = "unavailable", reason
         return lm
-    source = find(model, weights)
+    return load_source(find(model, weights), row)
+
+
+def why_not(setting: Setting) -> str | None:
+    """Why this machine cannot run `setting`, with the packages that are installed; None when it can."""
+    return unavailable_reason(setting, machine.facts(), importlib.util.find_spec("bitsandbytes") is not None)
+
+
+def load_source(source: Source, setting: Setting) -> LoadedModel:
+    """`load` for weights that were found already; the setting must be one that this machine can run."""
+    lm = LoadedModel(source.name, setting)
     lm.weights, lm.revision = source.weights, source.revision
     try:
         folder = checkpoint(source)
@@ -61,17 +71,25 @@ def load(model: str, setting: str, weights: str | None = None) -> LoadedModel:
     lm.tokenizer = _tokenizer(folder, lm.model.config.vocab_size)
     lm.audit = audit(lm.model)
     lm.weights_bytes = sum(lm.audit["bytes"].values())
-    check(lm.audit, row)
+    check(lm.audit, setting)
     return lm
+
+
+def check_context(source: Source, workload: Workload) -> None:
+    """Raise ValueError, before anything is loaded, if the workload is over the model's context length."""
+    if source.gguf is not None:
+        return  # known once it is converted
+    config = AutoConfig.from_pretrained(source.folder) if source.folder else AutoConfig.for_model(**_recipe(source))
+    folder = source.folder or Path((source.config or {}).get("folder", ""))
+    check_length(source.name, len(_tokenizer(folder, config.vocab_size).encode(workload.prompt)), workload,
+                 getattr(config, "max_position_embeddings", None))
 
 
 def checkpoint(source: Source) -> Path:
     """The folder with the safetensors of `source`; random and GGUF weights are made into one once, and kept."""
     if source.folder is not None:
         return source.folder
-    recipe = source.config or {"gguf": source.gguf.name}
-    if "folder" in recipe:
-        recipe = json.loads((Path(recipe["folder"]) / "config.json").read_text())
+    recipe = _recipe(source)
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_folder() / f"{Path(source.name).name}-{source.revision}-{digest}".replace(" ", "-")
     if not (folder / "config.json").is_file():
@@ -82,6 +100,15 @@ def checkpoint(source: Source) -> Path:
             with contextlib.suppress(OSError):  # another process was faster: its folder is as good
                 whole.rename(folder)
     return folder
+
+
+def _recipe(source: Source) -> dict:
+    """What a checkpoint is made from: a configuration, or the name of a GGUF file."""
+    if source.gguf is not None:
+        return {"gguf": source.gguf.name}
+    if "folder" in source.config:
+        return json.loads((Path(source.config["folder"]) / "config.json").read_text())
+    return source.config
 
 
 def _write_random(source: Source, recipe: dict, folder: Path) -> None:

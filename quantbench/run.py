@@ -55,6 +55,8 @@ class Run:
 
     def add(self, measurement: Measurement) -> Measurement:
         """Put `measurement` in, in place of the row with its key; write it through; return it."""
+        if self._rows.get(measurement.key) == measurement:
+            return measurement
         if self.path is not None:
             _append(self.path, measurement.to_json())
         self._rows[measurement.key] = measurement
