@@ -98,6 +98,10 @@ class Measurement:
     ram_peak_bytes: int | None = None
     audit: dict | None = None
     energy_j: list[float] | None = None
+    conditions: dict | None = None  # clocks, temperature, load, before and after the timed region
+    quality: dict | None = None
+    limits: dict | None = None  # this device's measured bandwidth and matrix rate, where they are known
+    trace: dict | None = None  # where the time of one traced generate went
     machine: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
 
