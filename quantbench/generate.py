@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import tqdm
 
-from quantbench import machine
+from quantbench import machine, meters
+from quantbench.estimate import cache_bytes, need_memory
 from quantbench.loaded import LoadedModel, check_length
 from quantbench.record import PROMPT, Measurement, Workload
 from quantbench.settings import unknown
@@ -46,7 +47,7 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     asked["prompt_tokens"] = lm.encode(workload.prompt)["input_ids"].shape[1]
     check_length(lm.name, asked["prompt_tokens"], workload, lm.context_length)
     try:
-        return Measurement(**asked, **_measure(lm, workload, clock, progress))
+        return Measurement(**asked, **_measure(lm, workload, asked["prompt_tokens"], clock, progress))
     except (RuntimeError, MemoryError) as error:
         if (reason := machine.out_of_memory(error)) is None:
             raise
@@ -55,18 +56,25 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     return Measurement(**asked, status="out_of_memory", reason=reason)
 
 
-def _measure(lm: LoadedModel, workload: Workload, clock: Callable, progress: bool) -> dict:
-    inputs, tokens = lm.encode(workload.prompt, workload.batch_size), workload.max_new_tokens
+def _measure(lm: LoadedModel, workload: Workload, prompt_tokens: int, clock: Callable, progress: bool) -> dict:
+    tokens = workload.max_new_tokens
+    cache = cache_bytes(lm.model.config, lm.setting, prompt_tokens + tokens, workload.batch_size)
+    need_memory(cache, machine.free_bytes(lm.device), "the KV cache")
+    inputs = lm.encode(workload.prompt, workload.batch_size)
     held = machine.held_bytes(lm.device)
+    before = meters.readings(lm.device, meters.IDLE_S)
     _timed(lm, inputs, tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS), clock)
     has_peak = machine.reset_peak(lm.device)
     latencies: list[float] = []
     first_token: list[float] = []
+    joules: list[float | None] = []
     most = workload.repeats or REPEATS[1]
     title = f"{lm.name} · {lm.setting.label} · {tokens} tokens"
     with tqdm(total=most, desc=title, unit="repeat", leave=False, disable=not progress) as bar:
         while not _enough(latencies, sum(latencies) + sum(first_token), workload):
+            start_j = meters.energy_j(lm.device)
             seconds, output = _timed(lm, inputs, tokens, clock)
+            joules.append(_difference(start_j, meters.energy_j(lm.device)))
             latencies.append(seconds)
             first_token.append(_timed(lm, inputs, 1, clock)[0])
             bar.update()
@@ -75,6 +83,9 @@ def _measure(lm: LoadedModel, workload: Workload, clock: Callable, progress: boo
         "latencies_s": latencies,
         "first_token_s": first_token,
         "text": lm.decode(output[0, -tokens:]),
+        "energy_j": None if None in joules else joules,
+        "conditions": {"before": before, "after": meters.readings(lm.device),
+                       "no_energy": meters.no_energy_reason(lm.device)},
     } | _memory(lm, held, has_peak)
 
 
@@ -89,6 +100,11 @@ def _timed(lm: LoadedModel, inputs: dict, tokens: int, clock: Callable) -> tuple
     if new != tokens:
         raise RuntimeError(f"{lm.name} generated {new} tokens where {tokens} were asked for")
     return seconds, output
+
+
+def _difference(start_j: float | None, end_j: float | None) -> float | None:
+    """Joules between two readings; None where there are none, or where the counter has started anew."""
+    return None if start_j is None or end_j is None or end_j < start_j else end_j - start_j
 
 
 def _enough(latencies: list[float], spent_s: float, workload: Workload) -> bool:

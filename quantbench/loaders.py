@@ -23,9 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from quantbench import machine
 from quantbench.audit import audit, check
+from quantbench.estimate import need_memory, weights_estimate
 from quantbench.loaded import LoadedModel, StandInTokenizer, check_length
 from quantbench.record import Workload
-from quantbench.settings import Setting, find_setting, unavailable_reason
+from quantbench.settings import SETTINGS, Setting, find_setting, unavailable_reason
 from quantbench.weights import SEED, Source, cache_folder, check_name, find
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else: a missing optional CPU kernel, at every load
@@ -58,6 +59,7 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
     lm = LoadedModel(source.name, setting)
     lm.weights, lm.revision = source.weights, source.revision
     try:
+        check_fits(source, setting)
         folder = checkpoint(source)
         _load_timed(lm, folder)
     except (RuntimeError, MemoryError) as error:
@@ -77,26 +79,34 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
 
 def check_context(source: Source, workload: Workload) -> None:
     """Raise ValueError, before anything is loaded, if the workload is over the model's context length."""
-    if source.gguf is not None:
-        return  # known once it is converted
-    config = AutoConfig.from_pretrained(source.folder) if source.folder else AutoConfig.for_model(**_recipe(source))
+    if (config := _config(source)) is None:
+        return
     folder = source.folder or Path((source.config or {}).get("folder", ""))
     check_length(source.name, len(_tokenizer(folder, config.vocab_size).encode(workload.prompt)), workload,
                  getattr(config, "max_position_embeddings", None))
+
+
+def check_fits(source: Source, setting: Setting) -> None:
+    """Raise MemoryError, before anything is loaded, if the weights cannot fit into what is free."""
+    if (config := _config(source)) is None:
+        return
+    with torch.device("meta"), _quiet():
+        shapes = AutoModelForCausalLM.from_config(config)
+    need_memory(weights_estimate(shapes, setting), machine.free_bytes(setting.device), "its weights")
+    if source.weights == "random" and not _made(source).is_dir():
+        need_memory(weights_estimate(shapes, SETTINGS["cpu-fp32"]), machine.free_bytes("cpu"), "making random weights")
 
 
 def checkpoint(source: Source) -> Path:
     """The folder with the safetensors of `source`; random and GGUF weights are made into one once, and kept."""
     if source.folder is not None:
         return source.folder
-    recipe = _recipe(source)
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_folder() / f"{Path(source.name).name}-{source.revision}-{digest}".replace(" ", "-")
+    folder = _made(source)
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside, _quiet():
             whole = Path(aside) / "checkpoint"
-            (_write_random if source.gguf is None else _write_from_gguf)(source, recipe, whole)
+            (_write_random if source.gguf is None else _write_from_gguf)(source, whole)
             with contextlib.suppress(OSError):  # another process was faster: its folder is as good
                 whole.rename(folder)
     return folder
@@ -111,8 +121,21 @@ def _recipe(source: Source) -> dict:
     return source.config
 
 
-def _write_random(source: Source, recipe: dict, folder: Path) -> None:
-    config = AutoConfig.for_model(**recipe)
+def _made(source: Source) -> Path:
+    """Where the checkpoint of a recipe is kept."""
+    digest = hashlib.sha256(json.dumps(_recipe(source), sort_keys=True).encode()).hexdigest()[:12]
+    return cache_folder() / f"{Path(source.name).name}-{source.revision}-{digest}".replace(" ", "-")
+
+
+def _config(source: Source):
+    """The model's configuration; None for a GGUF file, which tells it once it is converted."""
+    if source.folder is not None:
+        return AutoConfig.from_pretrained(source.folder)
+    return None if source.gguf is not None else AutoConfig.for_model(**_recipe(source))
+
+
+def _write_random(source: Source, folder: Path) -> None:
+    config = _config(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).save_pretrained(folder)
@@ -122,7 +145,7 @@ def _write_random(source: Source, recipe: dict, folder: Path) -> None:
                 shutil.copy(file, folder)
 
 
-def _write_from_gguf(source: Source, _: dict, folder: Path) -> None:
+def _write_from_gguf(source: Source, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": source.gguf.parent, "gguf_file": source.gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     model.hf_quantizer = None  # the weights are plain float32 by now, and may be saved

@@ -6,12 +6,16 @@ import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import psutil
 import torch
+
+from quantbench import meters
 
 PACKAGES = ("quantbench", "torch", "transformers", "accelerate", "bitsandbytes")
 
@@ -37,13 +41,15 @@ def facts() -> dict:
         "gpu_capability": [gpu.major, gpu.minor],
         "gpu_multiprocessors": gpu.multi_processor_count,
         "cuda": torch.version.cuda,
-        "driver": _driver(),
+        "gpu_power_limit_w": meters.power_limit_w(),
+        "driver": meters.driver(),
     }
 
 
-def versions() -> dict[str, str]:
-    """Python and the packages that a number depends on; a package that is missing is left out."""
-    found = {"python": platform.python_version()}
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Python, the packages that a number depends on and this package's commit; a missing package is left out."""
+    found = {"python": platform.python_version(), "commit": _commit()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -67,6 +73,20 @@ def device_bytes() -> int | None:
         return None
     free, total = torch.cuda.mem_get_info()
     return total - free
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that this process can still allocate: on the GPU, or of RAM within its container's limit."""
+    if device == "cuda":
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit; see cgroups(7), version 2
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cache = int((group / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
+        free = min(free, limit - used + cache)
+    return free
 
 
 def reset_peak(device: str) -> bool:
@@ -107,6 +127,18 @@ def out_of_memory(error: BaseException) -> str | None:
     return said if "DefaultCPUAllocator" in said or "CUDA out of memory" in said else None
 
 
+def _commit() -> str | None:
+    """The commit this package was installed from (PEP 610), or the one of the checkout it runs in."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        origin = importlib.metadata.distribution("quantbench").read_text("direct_url.json")
+        if commit := json.loads(origin or "{}").get("vcs_info", {}).get("commit_id"):
+            return commit
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    return None
+
+
 def _cpu_name() -> str:
     """The processor's name: "Intel(R) Xeon(R) CPU @ 2.20GHz"."""
     with contextlib.suppress(OSError):
@@ -114,12 +146,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine() or "unknown CPU"
-
-
-def _driver() -> str | None:
-    import pynvml
-
-    with contextlib.suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
-    return None

@@ -18,6 +18,7 @@ from quantbench.settings import SETTINGS
 from quantbench.stats import Interval, median_ci
 
 SCHEMA = 1
+BUSY = 0.2  # share of a device that others may use before a row says so
 STATUSES = ("ok", "unavailable", "out_of_memory", "crashed", "timeout", "failed")
 WEIGHTS = ("pretrained", "bundled", "random")
 PROMPT = "Once upon a time, in a small village by the sea"  # 12 GPT-2 tokens, as the published experiment counted
@@ -117,7 +118,7 @@ class Measurement:
     @property
     def key(self) -> tuple:
         """What makes two rows the same cell: a later one replaces the earlier."""
-        versions = tuple(sorted(self.versions.items()))
+        versions = tuple(sorted((name, v) for name, v in self.versions.items() if name != "commit"))
         return (self.model, self.revision, self.weights, self.setting, self.engine, self.prompt, self.batch_size,
                 self.max_new_tokens, self.machine_name, versions)
 
@@ -180,6 +181,19 @@ class Measurement:
     def weights_gb(self) -> float | None:
         """Parameters, buffers and quantisation state, in 1e9 bytes."""
         return None if self.weights_bytes is None else self.weights_bytes / 1e9
+
+    @figure("Energy (J/token)")
+    def energy_per_token_j(self) -> float | None:
+        """Median joules of a whole `generate` over its tokens; the machine's idle power is in it."""
+        return median(self.energy_j) / self._tokens if self.energy_j and self.new_tokens else None
+
+    @figure("Busy")
+    def busy(self) -> str | None:
+        """Who else used the device just before the timed region, in words; None where nobody did."""
+        before = (self.conditions or {}).get("before", {})
+        shares = {"GPU": before.get("gpu_busy"), "CPU": before.get("cpu_busy")}
+        told = [f"{name} {share:.0%} busy" for name, share in shares.items() if share and share > BUSY]
+        return ", ".join(told) or None
 
     @figure("Noisy")
     def noisy(self) -> bool:

@@ -10,6 +10,7 @@ import transformers
 import quantbench as qb
 from quantbench import loaders
 from quantbench.audit import audit, check
+from quantbench.estimate import cache_bytes, weights_estimate
 from tests.conftest import CPU_SETTINGS
 
 QUANTISED = {"cpu-int8": "Linear8bitLt", "cpu-int4": "Linear4bit", "cpu-int8-dynamic": "DynamicQuantizedLinear"}
@@ -138,9 +139,25 @@ def test_mistakes_get_one_clear_error_before_any_work():
 
 
 def test_out_of_memory_at_load_is_a_row(tmp_path):
-    """An embedding of an exabyte: the allocator refuses at once, for real."""
+    """An embedding of 144 petabytes: the estimate refuses it before anything is allocated."""
     (tmp_path / "config.json").write_text(json.dumps(
         {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 2**52}))
     lm = qb.load(str(tmp_path), "cpu-fp32")
-    assert lm.status == "out_of_memory" and "allocate" in lm.reason
+    assert lm.status == "out_of_memory" and "144,1" in lm.reason and "not tried" in lm.reason
     assert qb.generate(lm).status == "out_of_memory"
+
+
+@pytest.mark.parametrize("setting", CPU_SETTINGS)
+@pytest.mark.parametrize("model", ["distilgpt2", "smollm2-135m"])
+def test_the_estimate_before_load_is_near_the_ledger_after_it(model, setting):
+    with qb.load(model, setting) as lm:
+        with torch.device("meta"):
+            shapes = transformers.AutoModelForCausalLM.from_config(lm.model.config)
+        assert weights_estimate(shapes, lm.setting) == pytest.approx(lm.weights_bytes, rel=0.02)
+
+
+def test_the_kv_cache_is_estimated_to_the_byte(tiny):
+    with qb.load(tiny, "cpu-fp32") as lm:
+        out = lm.model(**lm.encode(qb.PROMPT, batch_size=3), use_cache=True)
+        by_hand = sum(t.nbytes for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
+        assert cache_bytes(lm.model.config, lm.setting, 12, 3) == by_hand
