@@ -10,7 +10,7 @@ import sys
 import types
 
 _HOME = {
-    "settings": ("SETTINGS", "PUBLISHED", "Setting"),
+    "settings": ("SETTINGS", "PUBLISHED", "Setting", "more_settings"),
     "models": ("MODELS", "Model"),
     "record": ("PROMPT", "Workload", "Measurement", "NewerSchema"),
     "run": ("Run",),
@@ -20,9 +20,11 @@ _HOME = {
     "audit": ("AuditError",),
     "generate": ("generate",),
     "sweep": ("sweep",),
-    "tables": ("table", "show", "markdown", "published_table", "machine_table"),
+    "tables": ("table", "show", "markdown", "machine_table"),
+    "published": ("published_table", "show_published"),
     "charts": ("plot_throughput", "plot_lengths", "plot_latency", "plot_vram"),
     "findings": ("findings",),
+    "save": ("save",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -16,8 +16,7 @@ from concurrent.futures import Executor, Future
 
 # what the first load and generate would import, and what bitsandbytes would; not bitsandbytes itself, because it
 # asks CUDA at import, and a process forked after that cannot use CUDA
-PRELOAD = ["quantbench.sweep", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
-           "torch._inductor.compile_fx"]
+PRELOAD = ["quantbench.sweep", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"]
 
 
 class ChildDied(RuntimeError):

@@ -253,9 +253,16 @@ class Measurement:
         return "Measurement(" + ", ".join(f"{label}: {text}" for label, text in self.summary().items()) + ")"
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(label)}</th>" for label in self.summary())
-        cells = "".join(f"<td>{html.escape(text)}</td>" for text in self.summary().values())
-        return f"<table><thead><tr>{head}</tr></thead><tbody><tr>{cells}</tr></tbody></table>"
+        return html_table([self.summary()])
+
+
+def html_table(rows: list[dict[str, str]]) -> str:
+    """Rows of label -> text as an HTML table, escaped; a column for every label that any row has."""
+    labels = list(dict.fromkeys(label for row in rows for label in row))
+    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(row.get(label, ''))}</td>" for label in labels) + "</tr>"
+                   for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 class NewerSchema(ValueError):

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from quantbench.record import Measurement, NewerSchema
+from quantbench.record import Measurement, NewerSchema, html_table
 
 
 class Run:
@@ -95,6 +95,9 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run of {len(self)} measurements" + "".join(f"\n  {row!r}" for row in self)
+
+    def _repr_html_(self) -> str:
+        return html_table([row.summary() for row in self])
 
 
 def _cell(row: Measurement) -> tuple:

@@ -67,6 +67,12 @@ def find_setting(key: str) -> Setting:
     return SETTINGS[key]
 
 
+def more_settings(facts: dict) -> tuple[str, ...]:
+    """What to measure besides the published four: without a GPU, the CPU's own; with one, nothing that is not asked."""
+    return () if facts.get("gpu") else tuple(key for key, row in SETTINGS.items()
+                                             if row.device == "cpu" and key not in PUBLISHED)
+
+
 def unavailable_reason(setting: Setting, facts: dict, bitsandbytes: bool = True) -> str | None:
     """Why a machine with these `facts` (see `machine.facts`) cannot run `setting`, or None when it can."""
     if setting.device == "cuda" and not facts.get("gpu"):

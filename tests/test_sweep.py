@@ -1,5 +1,6 @@
 """Nothing takes a sweep down: children are killed, hung, starved; parents are killed and resumed. All for real."""
 
+import contextlib
 import json
 import os
 import signal
@@ -32,10 +33,11 @@ def when_measuring(act, after_s: float = 1.0) -> threading.Thread:
     def wait() -> None:
         while not (found := children()):
             time.sleep(0.01)
-        until = found[0].cpu_times().user + after_s
-        while found[0].cpu_times().user < until:
-            time.sleep(0.01)
-        act(found[0])
+        with contextlib.suppress(psutil.NoSuchProcess):
+            until = found[0].cpu_times().user + after_s
+            while found[0].cpu_times().user < until:
+                time.sleep(0.01)
+            act(found[0])
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()

