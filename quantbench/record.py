@@ -247,7 +247,10 @@ class Measurement:
             FIGURES[memory].label: f"{getattr(self, memory):.3f}" if self.weights_bytes is not None else "–",
             "Weights": self.weights or "–",
         }
-        return row | ({"Note": "noisy"} if self.noisy else {})
+        if self.audit and self.audit.get("quantised"):
+            row["Quantised"] = f"{self.audit['quantised']} × {self.audit.get('class')}"
+        note = ", ".join(filter(None, ["noisy" if self.noisy else None, self.busy]))
+        return row | ({"Note": note} if note else {})
 
     def __repr__(self) -> str:
         return "Measurement(" + ", ".join(f"{label}: {text}" for label, text in self.summary().items()) + ")"

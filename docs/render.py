@@ -1,0 +1,57 @@
+"""The README's charts, drawn from results/published/; its tables are written by cog, which imports this file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import quantbench as qb
+
+ROOT = Path(__file__).parent.parent
+CHARTS = ROOT / "docs" / "charts"
+PLOTS = {"throughput": qb.plot_throughput, "memory": qb.plot_vram}
+
+
+def published() -> dict[str, qb.Run]:
+    """Every published run by its file's name."""
+    return {path.stem: qb.Run.read(path) for path in sorted((ROOT / "results" / "published").glob("*.jsonl"))}
+
+
+def digest(name: str) -> str:
+    """What a chart was drawn from; kept in the picture, so that a stale one can be told."""
+    return hashlib.sha256((ROOT / "results" / "published" / f"{name}.jsonl").read_bytes()).hexdigest()
+
+
+def draw() -> None:
+    """Write every chart of every published run."""
+    CHARTS.mkdir(exist_ok=True)
+    for old in CHARTS.glob("*.png"):
+        old.unlink()
+    for name, run in published().items():
+        for chart, plot in PLOTS.items():
+            plot(run).savefig(CHARTS / f"{name}-{chart}.png", dpi=110, metadata={"Source": digest(name)})
+
+
+def pictures() -> str:
+    """Markdown of the throughput charts, with words for those who cannot see them."""
+    return "\n\n".join(f"![Tokens per second of every setting on {run[0].machine_name}; the figures are in the table "
+                       f"below](docs/charts/{name}-throughput.png)" for name, run in published().items())
+
+
+def tables() -> str:
+    """Markdown of every published run: its table, its findings, its memory chart."""
+    parts = []
+    for name, run in published().items():
+        commit = run[0].versions.get("commit") or "unknown"
+        packages = ", ".join(f"{key} {value}" for key, value in run[0].versions.items() if key != "commit")
+        parts.append(f"### {run[0].machine_name}\n\n"
+                     f"[{name}.jsonl](results/published/{name}.jsonl), {run[0].created_at[:10]}: {packages}; "
+                     f"commit {commit[:12]}.\n\n"
+                     f"{qb.markdown(run)}\n\n"
+                     f"{qb.findings(run)._repr_markdown_()}\n\n"
+                     f"![Memory of every setting on {run[0].machine_name}](docs/charts/{name}-memory.png)")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    draw()
