@@ -5,18 +5,19 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
 
 from quantbench import machine, meters
+from quantbench.engines import ENGINES, Generate, difference, generator, refusal
 from quantbench.estimate import cache_bytes, need_memory
 from quantbench.loaded import LoadedModel, check_length
 from quantbench.record import PROMPT, Measurement, Workload
 from quantbench.settings import unknown
 from quantbench.stats import median_ci
 
-ENGINES = ("eager",)
 REPEATS = (3, 10)  # at least, at most
 CLOSE_ENOUGH = 0.03  # stop repeating when the interval's half-width is within this share of the median
 CPU_WARM_UP_TOKENS = 16  # on a GPU the warm-up has full length: kernels are chosen and memory is grown by then
@@ -44,10 +45,12 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
         return Measurement(**asked, status=lm.status, reason=lm.reason)
     if lm.model is None:
         raise RuntimeError(f"{lm!r}: load it again to generate")
+    if reason := refusal(lm, engine, machine.facts()):
+        return Measurement(**asked, status="unavailable", reason=reason)
     asked["prompt_tokens"] = lm.encode(workload.prompt)["input_ids"].shape[1]
     check_length(lm.name, asked["prompt_tokens"], workload, lm.context_length)
     try:
-        return Measurement(**asked, **_measure(lm, workload, asked["prompt_tokens"], clock, progress))
+        return Measurement(**asked, **_measure(lm, workload, engine, asked["prompt_tokens"], clock, progress))
     except (RuntimeError, MemoryError) as error:
         if (reason := machine.out_of_memory(error)) is None:
             raise
@@ -56,50 +59,60 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     return Measurement(**asked, status="out_of_memory", reason=reason)
 
 
-def _measure(lm: LoadedModel, workload: Workload, prompt_tokens: int, clock: Callable, progress: bool) -> dict:
+def _measure(lm: LoadedModel, workload: Workload, engine: str, prompt_tokens: int, clock: Callable,
+             progress: bool) -> dict:
     tokens = workload.max_new_tokens
     cache = cache_bytes(lm.model.config, lm.setting, prompt_tokens + tokens, workload.batch_size)
     need_memory(cache, machine.free_bytes(lm.device), "the KV cache")
     inputs = lm.encode(workload.prompt, workload.batch_size)
     held = machine.held_bytes(lm.device)
     before = meters.readings(lm.device, meters.IDLE_S)
-    _timed(lm, inputs, tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS), clock)
+    timed = partial(_timed, lm.device, generator(lm, engine, inputs, tokens), prompt_tokens, clock)
+    timed(tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS))
     has_peak = machine.reset_peak(lm.device)
-    latencies: list[float] = []
-    first_token: list[float] = []
-    joules: list[float | None] = []
-    most = workload.repeats or REPEATS[1]
+    samples, output = _repeat(timed, lm, workload, progress)
+    conditions = {"before": before, "after": meters.readings(lm.device),
+                  "no_energy": meters.no_energy_reason(lm.device)}
+    measured = samples | _memory(lm, held, has_peak) | {
+        "new_tokens": tokens, "text": lm.decode(output[0, -tokens:]), "conditions": conditions}
+    return measured if engine == "eager" else measured | _held_against_eager(lm, inputs, output, tokens)
+
+
+def _repeat(timed: Callable, lm: LoadedModel, workload: Workload, progress: bool) -> tuple[dict, torch.Tensor]:
+    """The samples of all repeats, and the last output."""
+    tokens, latencies, first_token, joules = workload.max_new_tokens, [], [], []
     title = f"{lm.name} · {lm.setting.label} · {tokens} tokens"
-    with tqdm(total=most, desc=title, unit="repeat", leave=False, disable=not progress) as bar:
+    with tqdm(total=workload.repeats or REPEATS[1], desc=title, unit="repeat", leave=False,
+              disable=not progress) as bar:
         while not _enough(latencies, sum(latencies) + sum(first_token), workload):
             start_j = meters.energy_j(lm.device)
-            seconds, output = _timed(lm, inputs, tokens, clock)
+            seconds, output = timed(tokens)
             joules.append(_difference(start_j, meters.energy_j(lm.device)))
             latencies.append(seconds)
-            first_token.append(_timed(lm, inputs, 1, clock)[0])
+            first_token.append(timed(1)[0])
             bar.update()
-    return {
-        "new_tokens": tokens,
-        "latencies_s": latencies,
-        "first_token_s": first_token,
-        "text": lm.decode(output[0, -tokens:]),
-        "energy_j": None if None in joules else joules,
-        "conditions": {"before": before, "after": meters.readings(lm.device),
-                       "no_energy": meters.no_energy_reason(lm.device)},
-    } | _memory(lm, held, has_peak)
+    return {"latencies_s": latencies, "first_token_s": first_token,
+            "energy_j": None if None in joules else joules}, output
 
 
-def _timed(lm: LoadedModel, inputs: dict, tokens: int, clock: Callable) -> tuple[float, torch.Tensor]:
-    """Seconds of one `generate` of exactly `tokens` tokens, and its output [batch, prompt + tokens]."""
-    machine.synchronize(lm.device)
+def _timed(device: str, make: Generate, prompt_tokens: int, clock: Callable, tokens: int) -> tuple[float, torch.Tensor]:
+    """Seconds of one generation of exactly `tokens` tokens, and its output [batch, prompt + tokens]."""
+    machine.synchronize(device)
     start = clock()
-    output = lm.model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
-    machine.synchronize(lm.device)
+    output = make(tokens)
+    machine.synchronize(device)
     seconds = clock() - start
-    new = output.shape[1] - inputs["input_ids"].shape[1]
+    new = output.shape[1] - prompt_tokens
     if new != tokens:
-        raise RuntimeError(f"{lm.name} generated {new} tokens where {tokens} were asked for")
+        raise RuntimeError(f"the model generated {new} tokens where {tokens} were asked for")
     return seconds, output
+
+
+def _held_against_eager(lm: LoadedModel, inputs: dict, output: torch.Tensor, tokens: int) -> dict:
+    """Outside every timed region: does the engine's text stand beside eager's?"""
+    eager = generator(lm, "eager", inputs, tokens)(tokens)
+    reason, wrong = difference(lm, output, eager, inputs["input_ids"].shape[1])
+    return {"reason": reason, "status": "failed" if wrong else "ok"}
 
 
 def _difference(start_j: float | None, end_j: float | None) -> float | None:

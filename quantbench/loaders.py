@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from quantbench import machine
@@ -196,6 +196,11 @@ def quantisation_config(setting: Setting) -> BitsAndBytesConfig | None:
                                   bnb_4bit_compute_dtype=getattr(torch, setting.dtype),
                                   bnb_4bit_use_double_quant=setting.double_quant)
     return None
+
+
+def static_cache(model: nn.Module, tokens: int) -> StaticCache:
+    """A KV cache with room for `tokens` tokens that never moves, as compiled and captured decoding need it."""
+    return StaticCache(config=model.config, max_cache_len=-(-tokens // 64) * 64)
 
 
 def conv1d_to_linear(model: nn.Module) -> None:

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from quantbench import machine
 from quantbench.child import Child, ChildDied
-from quantbench.generate import ENGINES, generate
+from quantbench.engines import ENGINES
+from quantbench.generate import generate
 from quantbench.loaded import LoadedModel
 from quantbench.loaders import check_context, load_source, why_not
 from quantbench.record import PROMPT, Measurement, Workload
