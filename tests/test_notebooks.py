@@ -1,0 +1,115 @@
+"""Every notebook keeps the rules; notebook 01 runs whole with tiny parameters."""
+
+import ast
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+import quantbench as qb
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+spec = importlib.util.spec_from_file_location("address", ROOT / "docs" / "address.py")
+address = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(address)
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def plain(source: str) -> str:
+    """Python without IPython's magics."""
+    return re.sub(r"^(\s*)%.*$", r"\1pass", source, flags=re.MULTILINE)
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request) -> Path:
+    return request.param
+
+
+def test_it_is_valid_and_committed_without_outputs(notebook):
+    nbformat.validate(nbformat.read(notebook, 4))
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(notebook))
+
+
+def test_it_asks_colab_for_a_t4(notebook):
+    metadata = nbformat.read(notebook, 4).metadata
+    assert metadata.accelerator == "GPU" and metadata.colab.gpuType == "T4"
+
+
+def test_the_badge_comes_first_and_points_at_this_notebook(notebook):
+    first = nbformat.read(notebook, 4).cells[0]
+    assert first.cell_type == "markdown"
+    assert f"]({address.badge(address.current(), notebook.name)})" in first.source
+
+
+def test_setup_comes_first_and_the_same_in_every_notebook_and_installs_only_on_colab(notebook):
+    setup = code_cells(notebook)[0].source
+    assert setup == code_cells(NOTEBOOKS[0])[0].source
+    tree = ast.parse(plain(setup))
+    installs = [line for line in setup.splitlines() if "%pip" in line]
+    assert len(installs) == 1 and installs[0].startswith("    ")  # inside the `if`
+    assert any(isinstance(node, ast.If) and "google.colab" in ast.unparse(node.test) for node in tree.body)
+    assert f'address = "{address.current()}"' in setup and f"v{version()}" in setup
+
+
+def version() -> str:
+    return re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+
+
+def test_there_is_one_parameters_cell_that_papermill_can_set(notebook):
+    tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    body = ast.parse(tagged[0].source).body
+    assert body and all(isinstance(node, ast.Assign) for node in body)
+    assert all("#@param" in line for line in tagged[0].source.splitlines())
+
+
+def test_cells_are_short_and_logic_lives_in_the_package(notebook):
+    for cell in code_cells(notebook)[1:]:
+        tree = ast.parse(plain(cell.source))
+        assert len(cell.source.splitlines()) <= 8, cell.source
+        assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)) for node in ast.walk(tree))
+
+
+def test_notebook_01_runs_whole_and_a_second_time_resumes(tiny_gpt2, tmp_path):
+    shutil.copy(NOTEBOOKS[0], tmp_path / "notebook.ipynb")
+    rows = tmp_path / "out" / "rows.jsonl"
+    parameters = {"models": [tiny_gpt2], "max_new_tokens": [3, 5], "cell_budget_s": 0.1, "results": str(rows)}
+    for _ in range(2):
+        papermill.execute_notebook(tmp_path / "notebook.ipynb", tmp_path / "executed.ipynb", parameters,
+                                   cwd=ROOT / "notebooks", progress_bar=False)
+    run = qb.Run.read(rows)
+    assert {(row.setting, row.max_new_tokens) for row in run} == {
+        (setting, n) for setting in (*qb.PUBLISHED, *qb.more_settings(qb.facts())) for n in (3, 5)}
+    assert all(row.status in ("ok", "unavailable") for row in run)
+    outputs = [output for cell in code_cells(tmp_path / "executed.ipynb") for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert not any(output.output_type == "error" for output in outputs)
+    assert {path.suffix for path in rows.parent.iterdir()} == {".jsonl", ".csv", ".md", ".png"}
+    assert len(list(rows.parent.glob("*.png"))) == 4
+
+
+def test_the_address_is_the_same_everywhere():
+    for path in address.followers():
+        text = path.read_text()
+        assert address.current() in text or address.slug(address.current()) in text, path
+        for found in re.findall(r"github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?(?=[\s/\"')@&]|$)", text):
+            assert found == address.slug(address.current()), f"{path}: {found}"
+
+
+def test_moving_the_address_moves_it_everywhere(tmp_path, monkeypatch):
+    for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    monkeypatch.setattr(address, "ROOT", tmp_path)
+    old = address.current()
+    address.move("https://github.com/some-one/else.where")
+    for path in [tmp_path / "pyproject.toml", *address.followers()]:
+        assert address.slug(old) not in path.read_text() and "some-one/else.where" in path.read_text(), path
