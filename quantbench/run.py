@@ -105,10 +105,17 @@ def _cell(row: Measurement) -> tuple:
 
 
 def _append(path: Path, line: str) -> None:
-    with path.open("ab") as file:
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """One whole line, on the disk when this returns; where it fails (a full disk), no half line stays."""
+    rest = memoryview(line.encode() + b"\n")
+    with path.open("ab", buffering=0) as file:
+        start = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest):]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(start)
+            raise
 
 
 def _rewrite(path: Path, without: set[tuple]) -> None:
