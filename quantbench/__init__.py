@@ -24,6 +24,7 @@ _HOME = {
     "published": ("published_table", "show_published"),
     "charts": ("plot_throughput", "plot_lengths", "plot_latency", "plot_vram"),
     "findings": ("findings",),
+    "memory": ("memory_table", "show_memory", "plot_memory"),
     "save": ("save",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

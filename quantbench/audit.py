@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
+from quantbench.estimate import kv_bytes_per_token
 from quantbench.settings import Setting
 
 
@@ -22,25 +23,34 @@ def audit(model: nn.Module) -> dict:
     `quantised` modules of `class` hold `quantised_bytes` in `storage_dtype` and compute in `compute_dtype`; `left`
     counts the modules with a weight matrix that are still unquantised, by class, embeddings and output head apart;
     `bytes` is the size of every distinct tensor by dtype, bitsandbytes' absmax and code tables included, which
-    `get_memory_footprint` misses. Right after load: bitsandbytes repacks some weights in the first forward pass.
+    `get_memory_footprint` misses. `embedding_bytes` is what embeddings and an unquantised head hold of it;
+    `step_bytes` what one decode step must read: all but tables of which it reads a row; `kv_bytes_per_token` what each
+    token of each sequence adds to the KV cache. Right after load: bitsandbytes repacks weights in its first forward.
     """
     head = model.get_output_embeddings()
-    quantised, left, quantised_bytes, seen = Counter(), Counter(), 0, set()
-    total: Counter = Counter()
+    quantised, left, seen, total = Counter(), Counter(), set(), Counter()
+    quantised_bytes = embedding_bytes = looked_up_bytes = 0
     for module in model.modules():
         tensors = [tensor for tensor in _tensors(module) if _new(tensor, seen)]
+        size = sum(tensor.nbytes for tensor in tensors)
         for tensor in tensors:
-            total[_name(tensor.dtype)] += tensor.numel() * tensor.element_size()
+            total[_name(tensor.dtype)] += tensor.nbytes
         if is_quantised(module):
             quantised[module._get_name()] += 1
-            quantised_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        elif module is not head and _has_matrix(module):
+            quantised_bytes += size
+        elif module is head or isinstance(module, nn.Embedding):
+            embedding_bytes += size
+            looked_up_bytes += 0 if module is head or module.weight is getattr(head, "weight", None) else size
+        elif _has_matrix(module):
             left[module._get_name()] += 1
     example = next((module for module in model.modules() if is_quantised(module)), None)
     return {
         "quantised": quantised.total(),
         "class": ", ".join(sorted(quantised)) or None,
         "quantised_bytes": quantised_bytes,
+        "embedding_bytes": embedding_bytes,
+        "step_bytes": total.total() - looked_up_bytes,
+        "kv_bytes_per_token": kv_bytes_per_token(model.config, model.dtype.itemsize),
         "left": dict(left),
         "storage_dtype": _storage_dtype(example) if example else _name(model.dtype),
         "compute_dtype": _compute_dtype(example, model),
@@ -99,10 +109,8 @@ def _scales(module: nn.Module) -> torch.Tensor | None:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """Whether a module owns weights that quantisation is about: not an embedding, not a small convolution."""
-    if isinstance(module, (nn.Embedding, nn.Conv1d)):
-        return False
-    return any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+    """Whether a module owns weights that quantisation is about: a small convolution is not."""
+    return not isinstance(module, nn.Conv1d) and any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
 
 
 def _new(tensor: torch.Tensor, seen: set) -> bool:

@@ -29,12 +29,12 @@ def weights_estimate(model: nn.Module, setting: Setting) -> int:
     return size
 
 
-def cache_bytes(config: object, setting: Setting, tokens: int, batch_size: int) -> int:
-    """Bytes of the KV cache at `tokens` tokens, prompt included: keys and values of every layer and KV head."""
+def kv_bytes_per_token(config: object, itemsize: int) -> int:
+    """Bytes that one token of one sequence takes in the KV cache: keys and values of every layer and KV head."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * kv_heads * head_dim * tokens * batch_size * ITEMSIZE[setting.dtype]
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * itemsize
 
 
 def _matrix_bytes(numel: int, outputs: int, setting: Setting) -> int:

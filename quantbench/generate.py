@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from quantbench import machine, meters
 from quantbench.engines import ENGINES, Generate, difference, generator, refusal
-from quantbench.estimate import cache_bytes, need_memory
+from quantbench.estimate import need_memory
 from quantbench.loaded import LoadedModel, check_length
 from quantbench.record import PROMPT, Measurement, Workload
 from quantbench.settings import unknown
@@ -62,8 +62,8 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
 def _measure(lm: LoadedModel, workload: Workload, engine: str, prompt_tokens: int, clock: Callable,
              progress: bool) -> dict:
     tokens = workload.max_new_tokens
-    cache = cache_bytes(lm.model.config, lm.setting, prompt_tokens + tokens, workload.batch_size)
-    need_memory(cache, machine.free_bytes(lm.device), "the KV cache")
+    cache_bytes = lm.audit["kv_bytes_per_token"] * (prompt_tokens + tokens) * workload.batch_size
+    need_memory(cache_bytes, machine.free_bytes(lm.device), "the KV cache")
     inputs = lm.encode(workload.prompt, workload.batch_size)
     held = machine.held_bytes(lm.device)
     before = meters.readings(lm.device, meters.IDLE_S)

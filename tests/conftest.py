@@ -8,6 +8,8 @@ import pytest
 
 os.environ["QUANTBENCH_CACHE"] = os.environ.get("QUANTBENCH_TEST_CACHE", str(Path(__file__).parent.parent / "build/cache"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 64, "vocab_size": 500,

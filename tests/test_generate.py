@@ -69,6 +69,7 @@ def test_a_wrong_token_count_raises(lm, monkeypatch):
         qb.generate(lm, max_new_tokens=8, repeats=1, progress=False)
 
 
+@pytest.mark.alone
 def test_a_model_slowed_by_a_known_sleep_has_that_latency(lm):
     lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     row = qb.generate(lm, max_new_tokens=10, repeats=5, progress=False)
@@ -76,6 +77,7 @@ def test_a_model_slowed_by_a_known_sleep_has_that_latency(lm):
     assert min(row.latencies_s) < 0.7 and min(row.first_token_s) < 0.1  # the best of five: others use this machine
 
 
+@pytest.mark.alone
 def test_tokens_per_second_agree_with_a_loop_by_hand():
     """Interleaved, and the median of the ratios: what slows the machine slows both."""
     ratios = []

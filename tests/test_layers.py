@@ -11,14 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "quantbench"
 FLOORS = [  # a new module gets its place here
     {"settings", "models", "stats", "record", "run"},
     {"meters", "machine", "weights", "child"},
-    {"estimate", "audit", "loaded"},
+    {"estimate", "loaded"},
+    {"audit"},
     {"loaders"},
     {"graph"},
     {"engines"},
     {"generate"},
     {"sweep"},
 ]
-READING = {"view", "bars", "grid", "tables", "charts", "findings", "published", "save"}
+READING = {"view", "bars", "grid", "tables", "charts", "findings", "published", "memory", "save"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate"}
 BELOW = {"models": {"settings"}, "record": {"settings", "stats"}, "run": {"record", "settings", "stats"}}

@@ -10,7 +10,7 @@ import transformers
 import quantbench as qb
 from quantbench import loaders
 from quantbench.audit import audit, check
-from quantbench.estimate import cache_bytes, weights_estimate
+from quantbench.estimate import weights_estimate
 from tests.conftest import CPU_SETTINGS
 
 QUANTISED = {"cpu-int8": "Linear8bitLt", "cpu-int4": "Linear4bit", "cpu-int8-dynamic": "DynamicQuantizedLinear"}
@@ -160,4 +160,17 @@ def test_the_kv_cache_is_estimated_to_the_byte(tiny):
     with qb.load(tiny, "cpu-fp32") as lm:
         out = lm.model(**lm.encode(qb.PROMPT, batch_size=3), use_cache=True)
         by_hand = sum(t.nbytes for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
-        assert cache_bytes(lm.model.config, lm.setting, 12, 3) == by_hand
+        assert lm.audit["kv_bytes_per_token"] * 12 * 3 == by_hand
+
+
+def test_what_a_decode_step_reads_leaves_out_tables_that_are_only_looked_up():
+    """distilgpt2: the tied embedding is read whole as the head; positions are looked up. Dynamic INT8 copies the head."""
+    width, words, positions = 768, 50257, 1024
+    with qb.load("distilgpt2", "cpu-fp32", weights="random") as lm:
+        assert lm.audit["embedding_bytes"] == 4 * (words + positions) * width
+        assert lm.audit["step_bytes"] == lm.weights_bytes - 4 * positions * width
+        assert lm.audit["kv_bytes_per_token"] == 2 * 6 * width * 4
+    with qb.load("distilgpt2", "cpu-int4", weights="random") as lm:
+        assert lm.audit["embedding_bytes"] == 2 * (words + positions) * width
+    with qb.load("distilgpt2", "cpu-int8-dynamic", weights="random") as lm:
+        assert lm.audit["step_bytes"] == lm.weights_bytes - 4 * (words + positions) * width

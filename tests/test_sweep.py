@@ -66,6 +66,7 @@ def test_after_a_crash_the_next_length_gets_a_new_child(tiny_gpt2):
     assert [row.status for row in rows] == ["crashed", "ok"] and "SIGSEGV" in rows[0].reason
 
 
+@pytest.mark.alone
 def test_a_hung_child_is_a_timeout_and_is_killed(tiny_gpt2):
     stopped = []
     when_measuring(lambda child: (child.suspend(), stopped.append(child)), after_s=0.3)
