@@ -65,6 +65,8 @@ def _measure(lm: LoadedModel, workload: Workload, engine: str, prompt_tokens: in
     cache_bytes = lm.audit["kv_bytes_per_token"] * (prompt_tokens + tokens) * workload.batch_size
     need_memory(cache_bytes, machine.free_bytes(lm.device), "the KV cache")
     inputs = lm.encode(workload.prompt, workload.batch_size)
+    gc.collect()
+    machine.release(lm.device)  # an engine of the call before may still hold its graph
     held = machine.held_bytes(lm.device)
     before = meters.readings(lm.device, meters.IDLE_S)
     timed = partial(_timed, lm.device, generator(lm, engine, inputs, tokens), prompt_tokens, clock)
