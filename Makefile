@@ -2,6 +2,7 @@
 # make test     every test
 # make notebook open the notebooks in JupyterLab
 # make readme   write the README's tables and charts anew from results/published/
+# make test-colab  the notebooks in a replica of Colab's image (Python 3.13; its first run installs 5 GB into build/)
 # make address URL=https://...   move the repository: badges, notebooks and README follow
 # make clean    remove the environment and what was built
 
@@ -10,9 +11,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(shell date +%Y%m%d-%H%M%S)
 OUT    := results/local/$(STAMP)
+PYTHON313 ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3.13))
 MODELS ?= ["distilgpt2", "gpt2", "smollm2-135m"]
 
-.PHONY: bench test notebook readme address clean
+.PHONY: bench test test-colab notebook readme address clean
 
 bench: $(VENV)/ready
 	mkdir -p $(OUT)
@@ -24,6 +26,9 @@ bench: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not alone"
 	$(BIN)/pytest -q -m alone
+
+test-colab:
+	$(PYTHON) tests/colab/replica.py $(PYTHON313) $(NOTEBOOKS)
 
 notebook: $(VENV)/ready
 	$(BIN)/jupyter lab notebooks

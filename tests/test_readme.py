@@ -52,7 +52,7 @@ def test_every_module_has_its_line_in_the_layout():
 
 def test_the_code_it_shows_runs(tiny_gpt2, tmp_path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    code = (code.replace("results/local/mine.jsonl", str(tmp_path / "mine.jsonl")).replace('"gpt2"', repr(tiny_gpt2))
+    code = (code.replace("results/local/", f"{tmp_path}/").replace('"gpt2"', repr(tiny_gpt2))
             .replace("gpu-", "cpu-").replace("cpu-fp16", "cpu-fp32").replace("[128, 256]", "[3]").replace("=128", "=3"))
     exec(compile(code, "README", "exec"), {})
     assert len(qb.Run.read(tmp_path / "mine.jsonl")) == 3
