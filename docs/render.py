@@ -47,7 +47,7 @@ def tables() -> str:
         parts.append(f"### {run[0].machine_name}\n\n"
                      f"[{name}.jsonl](results/published/{name}.jsonl), {run[0].created_at[:10]}: {packages}; "
                      f"commit {commit[:12]}.\n\n"
-                     f"{qb.markdown(run)}\n\n"
+                     f"{qb.markdown([row for row in run if row.status == 'ok'])}\n\n"
                      f"{qb.findings(run)._repr_markdown_()}\n\n"
                      f"![Memory of every setting on {run[0].machine_name}](docs/charts/{name}-memory.png)")
     return "\n\n".join(parts)
