@@ -8,7 +8,7 @@ from quantbench.grid import markdown_text
 from quantbench.record import Measurement
 from quantbench.settings import SETTINGS
 from quantbench.stats import Interval, overlap, ratio_ci
-from quantbench.view import Cell, cells, machine_of, workloads
+from quantbench.view import Cell, cells, machine_of, plain, workloads
 
 BASELINES = ("gpu-fp16", "cpu-fp32")  # ratios are to the first that was measured
 _NOTHING = "nothing measured yet"
@@ -44,7 +44,7 @@ def findings(run: Iterable[Measurement]) -> Findings:
         said += [f"{model}: {text}" for text in (_smallest_weights(mine), _smallest_vram(mine)) if text]
     if any("tie" in sentence for sentence in said):
         said.append("A tie: the 95% intervals overlap, so this run does not tell the settings apart.")
-    return Findings(said + _noisy(named) + _not_measured(named) + _random(named))
+    return Findings(said + _noisy(named) + _disturbed(named) + _not_measured(named) + _random(named))
 
 
 # ---- speed: one model, one workload ----
@@ -127,6 +127,16 @@ def _least(sizes: dict[str, float]) -> str:
 def _noisy(named: list[Cell]) -> list[str]:
     rows = [f"{cell.model} {cell.setting} at {cell.workload}" for cell in named if cell.measured and cell.row.noisy]
     return [f"Noisy, with an interval wider than ±10%: {'; '.join(rows)}. Measure these again."] if rows else []
+
+
+def _disturbed(named: list[Cell]) -> list[str]:
+    """Who else used the device before a row's timed region, and what slowed the GPU after it."""
+    rows = []
+    for cell in named:
+        throttled = ((cell.row.conditions or {}).get("after") or {}).get("throttled") or []
+        told = [cell.row.busy] * bool(cell.row.busy) + [f"GPU held back by its {plain(why)}" for why in throttled]
+        rows += [f"{cell.model} {cell.setting} at {cell.workload} ({', '.join(told)})"] if told and cell.measured else []
+    return [f"Measured while the machine was disturbed: {'; '.join(rows)}."] if rows else []
 
 
 def _not_measured(named: list[Cell]) -> list[str]:
