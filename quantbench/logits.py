@@ -25,10 +25,10 @@ def evaluate(lm: LoadedModel, plan: Plan, stepwise: bool, base: Callable[[Batch]
              progress: bool = True) -> dict[str, torch.Tensor]:
     """One value per scored token, on the CPU: `nll` (negative log-likelihood, nats) and `top` (the first choice).
 
-    `stepwise` as in `forward`. `base` gives the reference's logits or log-probabilities of a batch [windows x scored, vocabulary]: then
-    also `kl` (KL(reference || this), nats), `base_nll` and `base_top`. `keep` is given each batch's number and its
-    log-probabilities, float32 [rows, vocabulary], some rows at a time. Raises NonFiniteLogits, and ValueError
-    where it is the reference's logits that are not finite.
+    `stepwise` as in `forward`. `base` gives the reference's logits or log-probabilities of a batch
+    [windows x scored, vocabulary]: then also `kl` (KL(reference || this), nats), `base_nll` and `base_top`. `keep`
+    is given each batch's number and its log-probabilities, float32 [rows, vocabulary], some rows at a time. Raises
+    NonFiniteLogits, and ValueError where it is the reference's logits that are not finite.
     """
     parts = []
     with tqdm(total=plan.tokens, desc=f"{lm.name} · {lm.setting.label} · quality", unit="token", leave=False,

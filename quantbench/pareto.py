@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _INK, _OTHER = "#222222", "#8A8A8A"
 _SMALL, _TEXT, _TITLE = 8, 9, 12  # points
 _AREA = 900  # points squared, of the largest mark
 _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # where a label may stand
+_DISTANCES = (5, *range(16, 160, 12))  # points from its mark
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def plot_quality(run: Iterable[Measurement]) -> Figure:
     what = sorted({memory_of(cell.row)[1] for _, group in groups for cell in group})
     fig.text(0.0125, 1 - 0.1 / height, "Speed against quality: up and to the right is better", va="top", size=_TITLE,
              weight="bold", color=_INK)
-    fig.text(0.0125, 1 - 0.36 / height, f"{machine} · area of a mark: {', on a CPU '.join(what)}", va="top", size=_SMALL, color=GREY,
-             parse_math=False)
+    fig.text(0.0125, 1 - 0.36 / height, f"{machine} · area of a mark: {', on a CPU '.join(what)}", va="top",
+             size=_SMALL, color=GREY, parse_math=False)
     drawn = [(ax, _draw(ax, model, list(filter(None, map(_mark, group)))))
              for ax, (model, group) in zip(axes[:, 0], groups)]
     fig.draw_without_rendering()  # labels are placed where the marks have come to stand
@@ -135,7 +137,7 @@ def _reach(value: float, interval: Interval | None) -> list[list[float]] | None:
 
 
 def _place(ax: Axes, drawn: list[tuple[Mark, float]]) -> None:
-    """Each label beside its mark, on the first side where it covers no mark, no other label and not the front."""
+    """Each label beside its mark, at the nearest place where it covers no mark, no other label and not the front."""
     scale, inside = ax.figure.dpi / 72, ax.get_window_extent()
     taken = [_box(ax, (mark.speed, mark.loss), (mark.speed, mark.loss), radius * scale) for mark, radius in drawn]
     best = front([mark for mark, _ in drawn])
@@ -144,25 +146,25 @@ def _place(ax: Axes, drawn: list[tuple[Mark, float]]) -> None:
         taken += [_box(ax, corner, (mark.speed, mark.loss), scale) for mark in (fast, slow)]
     taken.append(ax.get_legend().get_window_extent())
     for mark, radius in drawn:
-        tries = [_label(ax, mark, radius + 5, side) for side in _SIDES]
-        boxes = [text.get_window_extent() for text in tries]
-        free = [place for place, box in enumerate(boxes) if inside.containsx(box.x0) and inside.containsx(box.x1)
-                and not any(box.overlaps(other) for other in taken)]
-        chosen = free[0] if free else 0
-        taken.append(boxes[chosen])
-        for place, text in enumerate(tries):
-            if place != chosen:
-                text.remove()
+        text = ax.annotate(mark.label, (mark.speed, mark.loss), (0, 0), textcoords="offset points", size=_SMALL,
+                           color=_INK, parse_math=False, zorder=4, in_layout=False)
+        for away, side in itertools.product(_DISTANCES, _SIDES):
+            _stand(text, radius + away, side)
+            box = text.get_window_extent()
+            if inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1 and not any(
+                    box.overlaps(other) for other in taken):
+                break
+        if away > _DISTANCES[0]:  # too far to be seen as its own
+            ax.annotate("", (mark.speed, mark.loss), text.xyann, textcoords="offset points", in_layout=False,
+                        arrowprops={"arrowstyle": "-", "color": "#AAAAAA", "linewidth": 0.7, "shrinkA": 0})
+        taken.append(box)
 
 
-def _label(ax: Axes, mark: Mark, away: float, side: tuple[int, int]) -> Annotation:
+def _stand(text: Annotation, away: float, side: tuple[int, int]) -> None:
     across, up = side
-    text = ax.annotate(mark.label, (mark.speed, mark.loss), (away * across, away * up), textcoords="offset points",
-                       ha={1: "left", 0: "center", -1: "right"}[across],
-                       va={1: "bottom", 0: "center", -1: "top"}[up], size=_SMALL, color=_INK, parse_math=False,
-                       zorder=4)
-    text.set_in_layout(False)
-    return text
+    text.set_position((away * across, away * up))
+    text.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[across])
+    text.set_verticalalignment({1: "bottom", 0: "center", -1: "top"}[up])
 
 
 def _box(ax: Axes, start: tuple[float, float], end: tuple[float, float], margin: float) -> Bbox:

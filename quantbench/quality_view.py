@@ -8,6 +8,7 @@ import pandas as pd
 
 from quantbench.findings import Findings
 from quantbench.grid import EMPTY, Grids
+from quantbench.plain import is_a
 from quantbench.record import FIGURES, Measurement
 from quantbench.settings import SETTINGS
 from quantbench.stats import Interval, overlap
@@ -20,8 +21,8 @@ WORTH = 0.05  # share of the reference's memory that is worth saving
 _LABEL = {name: FIGURES[name].label for name in ("perplexity", "kl_mean", "kl_ci", "top1_agreement", "tokens_per_s",
                                                  "vram_gb", "weights_gb")}
 # what only `Measurement.quality` knows
-_MORE = {"perplexity_se": "± (over windows)", "kl_p99": "KL 99th percentile", "dp_mean": "Δp mean", "dp_rms": "Δp RMS",
-         "accuracy_kept": "Accuracy kept", "keeps_99": "Keeps 99%", "keeps_999": "Keeps 99.9%"}
+_MORE = {"perplexity_se": "± (over windows)", "kl_p99": "KL 99th percentile", "dp_mean": "Δp mean",
+         "dp_rms": "Δp RMS", "accuracy_kept": "Accuracy kept", "keeps_99": "Keeps 99%", "keeps_999": "Keeps 99.9%"}
 _DECIMALS = {_LABEL["perplexity"]: 2, _MORE["perplexity_se"]: 2, _LABEL["kl_mean"]: 5, _MORE["kl_p99"]: 4,
              _LABEL["top1_agreement"]: 3, _MORE["dp_mean"]: 4, _MORE["dp_rms"]: 4, _MORE["accuracy_kept"]: 4,
              _LABEL["tokens_per_s"]: 1, _LABEL["vram_gb"]: 3, _LABEL["weights_gb"]: 3}
@@ -61,16 +62,20 @@ def quality_findings(run: Iterable[Measurement]) -> Findings:
     said = []
     for (model, *_), group in grouped(scored(rows)):
         base = next((cell for cell in group if cell.row.setting == _of(cell, "reference")), None)
-        others = [cell for cell in group if cell is not base and cell.row.kl_mean is not None]
+        others = [cell for cell in group if cell is not base and _paired(cell)]
         if base is not None:
             said.append(f"{model}, {base.setting}: the reference, with a perplexity of {base.row.perplexity:.1f}. "
                         f"Measured on {on_what(base.row)}.")
         said += [_judged(model, cell, base, group) for cell in others]
         said += [f"{model}, {cell.setting}: perplexity {cell.row.perplexity:.1f}, not compared with a reference."
-                 for cell in group if cell is not base and cell.row.kl_mean is None]
+                 for cell in group if cell is not base and not _paired(cell)]
     failed = [f"{cell.model}, {cell.setting}: {cell.outcome}." for cell in cells(rows)
               if _of(cell, "status") not in (None, "ok")]
     return Findings([*said, *dict.fromkeys(failed)] or ["no quality measured yet"])
+
+
+def _paired(cell: Cell) -> bool:
+    return cell.row.kl_mean is not None and cell.row.top1_agreement is not None
 
 
 def scored(run: Iterable[Measurement]) -> list[Cell]:
@@ -87,7 +92,7 @@ def grouped(some: Iterable[Cell]) -> list[tuple[tuple, list[Cell]]]:
     groups: dict[tuple, list[Cell]] = {}
     for cell in some:
         alike = ("text", "text_sha256", "tokens", "context", "stride", "reference")
-        key = cell.model, cell.row.machine_name, *(str(_of(cell, name)) for name in alike)
+        key = cell.model, cell.row.machine_name, *(str((cell.row.quality or {}).get(name)) for name in alike)
         groups.setdefault(key, []).append(cell)
     return list(groups.items())
 
@@ -95,7 +100,7 @@ def grouped(some: Iterable[Cell]) -> list[tuple[tuple, list[Cell]]]:
 def on_what(row: Measurement) -> str:
     """ "quantbench-eval against CPU FP32: 2978 tokens, context 512, stride 256"."""
     found = row.quality or {}
-    reference = SETTINGS[found["reference"]].label if found.get("reference") in SETTINGS else None
+    reference = SETTINGS[key].label if (key := str(found.get("reference"))) in SETTINGS else None
     where = f" against {reference}" if reference else ""
     return plain(f"{found.get('text')}{where}: {found.get('tokens')} tokens, context {found.get('context')}, "
                  f"stride {found.get('stride')}")
@@ -113,9 +118,10 @@ def _frame(some: list[Cell]) -> pd.DataFrame:
 
 
 def _record(cell: Cell) -> dict:
-    more = {label: _of(cell, name) for name, label in _MORE.items()}
-    more |= {_MORE[name]: {True: "yes", False: "no"}.get(_of(cell, name), EMPTY) for name in ("keeps_99", "keeps_999")}
-    steps = " (token by token)" if _of(cell, "stepwise") is True else ""
+    more = {label: _of(cell, name, float) for name, label in _MORE.items()}
+    flags = {True: "yes", False: "no", None: EMPTY}
+    more |= {_MORE[name]: flags[_of(cell, name, bool)] for name in ("keeps_99", "keeps_999")}
+    steps = " (token by token)" if _of(cell, "stepwise", bool) else ""
     figures = {label: getattr(cell.row, name) for name, label in _LABEL.items() if name != "kl_ci"}
     return more | figures | {"Setting": cell.setting + steps, _LABEL["kl_ci"]: _span(cell.row.kl_ci)}
 
@@ -127,15 +133,18 @@ def _judged(model: str, cell: Cell, base: Cell | None, group: list[Cell]) -> str
     cost = " and ".join(filter(None, cost)) + ("" if plain_one in (None, base) else f" against {plain_one.setting}")
     before = "" if base is None else f"{base.row.perplexity:.1f} → "
     parts = [cost, f"agrees with {reference} on {cell.row.top1_agreement:.0%} of tokens"]
-    return (f"{model}, {cell.setting}: {', '.join(filter(None, parts))} (perplexity {before}{cell.row.perplexity:.1f}): "
-            f"{_verdict(cell, plain_one, group)}.")
+    return (f"{model}, {cell.setting}: {', '.join(filter(None, parts))} (perplexity {before}"
+            f"{cell.row.perplexity:.1f}): {_verdict(cell, plain_one, group)}.")
 
 
 def _unquantised(cell: Cell, group: list[Cell]) -> Cell | None:
     """What a setting's memory and speed are held against: the first of BASES on its device that is here."""
-    bases = BASES[SETTINGS[cell.row.setting].device] if cell.row.setting in SETTINGS else ()
-    found = {other.row.setting: other for other in group if other is not cell}
-    return next((found[key] for key in bases if key in found and cell.row.setting not in bases[:bases.index(key)]), None)
+    own = cell.row.setting
+    bases = BASES[SETTINGS[own].device] if own in SETTINGS else ()
+    if own in bases:  # a plain setting is held against wider ones only
+        bases = bases[bases.index(own) + 1:]
+    found = {other.row.setting: other for other in group}
+    return next((found[key] for key in bases if key in found), None)
 
 
 def _sizes(row: Measurement, other: Measurement) -> tuple[float, float, str] | None:
@@ -175,17 +184,17 @@ def _pace(row: Measurement, base: Measurement) -> str:
 
 
 def _verdict(cell: Cell, base: Cell | None, group: list[Cell]) -> str:
-    kept = _of(cell, "accuracy_kept_ci")
+    kept, tokens = _kept(cell), _of(cell, "tokens", int)
     if base is not None and _saved(cell.row, base.row) < WORTH and (_gain(cell.row, base.row) or 0) <= 0:
         return "nothing gained"
     if kept is not None and kept[1] < TARGET:
-        return f"not for this model, as it keeps only {_of(cell, 'accuracy_kept'):.1%} of the accuracy"
+        return f"not for this model, as it keeps at most {kept[1]:.1%} of the accuracy"
     better = next((other for other in group if _dominates(other, cell)), None)
     if better is not None:
         return f"{better.setting} is closer, no larger and no slower"
     if kept is not None and kept[0] >= TARGET:
         return "worth taking, as it keeps 99% of the accuracy"
-    return f"worth trying, but {_of(cell, 'tokens')} tokens do not tell whether it keeps 99% of the accuracy"
+    return f"worth trying, but {tokens} tokens do not tell whether it keeps 99% of the accuracy"
 
 
 def _dominates(other: Cell, cell: Cell) -> bool:
@@ -197,8 +206,15 @@ def _dominates(other: Cell, cell: Cell) -> bool:
             and gain is not None and gain >= 0)
 
 
-def _of(cell: Cell, name: str) -> object:
-    return (cell.row.quality or {}).get(name)
+def _of(cell: Cell, name: str, hint: object = str) -> object:
+    """What `quality` says of `name`; None where it says nothing, or a file brought something else."""
+    value = (cell.row.quality or {}).get(name)
+    return value if is_a(value, hint) else None
+
+
+def _kept(cell: Cell) -> Interval | None:
+    """The interval of the kept accuracy."""
+    return (found := _of(cell, "accuracy_kept_ci", list[float])) and (found[0], found[-1])
 
 
 def _span(interval: Interval | None) -> str:

@@ -109,6 +109,8 @@ class Run:
     def save(self, path: str | os.PathLike) -> Path:
         """Write all rows to `path` as JSON lines, whole or not at all; return it."""
         path = Path(path)
+        if self.path is not None and path.resolve() == self.path.resolve():
+            return path  # every row is there already, and so are the lines that could not be read
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path, "".join(row.to_json() + "\n" for row in self).encode())
         return path

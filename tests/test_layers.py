@@ -23,7 +23,6 @@ READING = {"view", "bars", "grid", "tables", "charts", "findings", "published", 
            "report", "sides", "compare", "changes", "quality_view", "pareto", "continuations"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate"}
-BELOW = {"models": {"settings"}, "record": {"settings", "stats"}, "run": {"record", "settings", "stats"}}
 
 
 def imported(module: str) -> set[str]:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,6 +19,21 @@ from quantbench.run import Run
 A = Measurement(model="gpt2", setting="cpu-fp32", max_new_tokens=8, new_tokens=8, latencies_s=[1.0])
 B = dataclasses.replace(A, max_new_tokens=16, new_tokens=16)
 LINE = A.to_json().encode()
+WRITER = """
+import sys
+from quantbench.record import Measurement
+from quantbench.run import Run
+run = Run.open(sys.argv[1])
+for n in range(1, int(sys.argv[3]) + 1):
+    run.add(Measurement(model=sys.argv[2], setting="cpu-fp32", max_new_tokens=n, text="x" * 20_000))
+    print(n, flush=True)
+"""
+
+
+def writer(path: Path, model: str, rows: int) -> subprocess.Popen:
+    """A process that adds `rows` rows to the run at `path`, and prints each one's number once it is added."""
+    return subprocess.Popen([sys.executable, "-c", WRITER, path, model, str(rows)], stdout=subprocess.PIPE, text=True,
+                            cwd=Path(__file__).parent.parent)
 
 
 @pytest.fixture
@@ -53,6 +70,55 @@ def test_a_cell_that_fails_to_measure_keeps_its_old_rows(path):
     with pytest.raises(KeyboardInterrupt):
         run.replace(broken())
     assert list(run) == [A] == list(Run.read(path))
+
+
+def test_a_row_that_cannot_be_written_keeps_its_old_rows(path):
+    run = Run.open(path)
+    run.add(A)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.replace([B, dataclasses.replace(B, max_new_tokens=32, energy_j=[math.nan])])
+    assert list(run) == [A] == list(Run.read(path))
+
+
+def test_replacing_nothing_adds(path):
+    run = Run.open(path)
+    assert list(run.replace([A, B])) == [A, B] == list(run) == list(Run.read(path))
+    assert list(run.replace([])) == [] and len(run) == 2
+
+
+def test_a_row_is_synced_whole_before_add_returns(path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (fsync(file), synced.append(path.read_bytes())))
+    run = Run.open(path)
+    for count, row in enumerate([A, B], start=1):
+        run.add(row)
+        assert len(synced) == count and synced[-1].endswith(row.to_json().encode() + b"\n")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_a_writer_killed_at_any_time_loses_no_row_it_had_added(path, rows):
+    with writer(path, "gpt2", 100_000) as process:
+        while int(process.stdout.readline()) < rows:
+            pass
+        process.kill()
+        added = max([rows, *map(int, process.stdout)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the row it was writing
+        run = Run.open(path)
+        assert {row.max_new_tokens for row in run} >= set(range(1, added + 1))
+        other = run.add(dataclasses.replace(A, model="other"))
+        assert other in list(Run.read(path))
+
+
+def test_two_processes_can_add_to_one_file(path):
+    writers = [writer(path, model, 30) for model in "ab"]
+    for process in writers:
+        process.communicate(timeout=60)
+    assert [process.returncode for process in writers] == [0, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert {row.key for row in Run.read(path)} == {
+            Measurement(model=m, setting="cpu-fp32", max_new_tokens=n).key for m in "ab" for n in range(1, 31)}
 
 
 @pytest.mark.parametrize("cut", range(len(LINE) + 1))
@@ -131,3 +197,11 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
 def test_saving_is_whole_or_not_at_all(path):
     Run([A, B]).save(path)
     assert [row.key for row in Run.read(path)] == [A.key, B.key] and list(path.parent.iterdir()) == [path]
+
+
+def test_saving_a_run_to_its_own_file_keeps_the_lines_it_cannot_read(path):
+    path.write_bytes(b"garbage\n")
+    with pytest.warns(UserWarning):
+        run = Run.open(path)
+    run.add(A)
+    assert run.save(path) == path and path.read_bytes().startswith(b"garbage\n")
