@@ -9,12 +9,17 @@ import quantbench as qb
 
 ROOT = Path(__file__).parent.parent
 CHARTS = ROOT / "docs" / "charts"
-PLOTS = {"throughput": qb.plot_throughput, "memory": qb.plot_vram}
+PLOTS = {"throughput": qb.plot_throughput, "memory": qb.plot_vram, "quality": qb.plot_quality}
 
 
 def published() -> dict[str, qb.Run]:
     """Every published run by its file's name."""
     return {path.stem: qb.Run.read(path) for path in sorted((ROOT / "results" / "published").glob("*.jsonl"))}
+
+
+def charts(run: qb.Run) -> dict:
+    """What can be drawn of a run: quality only where it was measured."""
+    return {name: plot for name, plot in PLOTS.items() if name != "quality" or any(row.perplexity for row in run)}
 
 
 def digest(name: str) -> str:
@@ -28,7 +33,7 @@ def draw() -> None:
     for old in CHARTS.glob("*.png"):
         old.unlink()
     for name, run in published().items():
-        for chart, plot in PLOTS.items():
+        for chart, plot in charts(run).items():
             plot(run).savefig(CHARTS / f"{name}-{chart}.png", dpi=110, metadata={"Source": digest(name)})
 
 
@@ -39,7 +44,7 @@ def pictures() -> str:
 
 
 def tables() -> str:
-    """Markdown of every published run: its table, its findings, its memory chart."""
+    """Markdown of every published run: its table, its findings, its charts, and its quality where it was measured."""
     parts = []
     for name, run in published().items():
         commit = run[0].versions.get("commit") or "unknown"
@@ -50,6 +55,9 @@ def tables() -> str:
                      f"{qb.markdown([row for row in run if row.status == 'ok'])}\n\n"
                      f"{qb.findings(run)._repr_markdown_()}\n\n"
                      f"![Memory of every setting on {run[0].machine_name}](docs/charts/{name}-memory.png)")
+        if "quality" in charts(run):
+            parts.append(f"Quality beside speed:\n\n{qb.quality_findings(run)._repr_markdown_()}\n\n"
+                         f"![Speed of every setting against its KL divergence from FP32](docs/charts/{name}-quality.png)")
     return "\n\n".join(parts)
 
 
