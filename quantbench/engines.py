@@ -1,4 +1,4 @@
-"""How the tokens are made: transformers' generate, its compiled static cache, or our CUDA graph of a decode step."""
+"""How the tokens are made: transformers' generate, its compiled static cache, or our captured decode step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 
 from quantbench.graph import Graph, capture
 from quantbench.loaded import LoadedModel
+from quantbench.logits import decode
 
 ENGINES = ("eager", "compile", "graph")
 TURING_OPT_IN = "QUANTBENCH_COMPILE_ON_TURING"
+# steps in which activations are rounded, of their largest value: 8 bits, and torch's "reduced range" of 7
+ROUNDS = {"bnb-int8": 1 / 127, "dynamic-int8": 2 / 127}
 Generate = Callable[[int], torch.Tensor]  # new tokens -> ids [batch, prompt + new]
 
 
@@ -19,12 +22,12 @@ def refusal(lm: LoadedModel, engine: str, facts: dict) -> str | None:
     """Why `engine` cannot run this model on a machine with these `facts`; None when it can."""
     if engine == "eager":
         return None
-    if lm.device != "cuda":
-        return f"the {engine} engine needs an NVIDIA GPU"
+    if engine == "compile" and lm.device != "cuda":
+        return "the compile engine needs an NVIDIA GPU"
     if not getattr(lm.model, "_can_compile_fullgraph", False):
         return f"transformers has no static cache for {type(lm.model).__name__}"
     if engine == "graph" and lm.setting.quantisation == "bnb-int8" and lm.setting.threshold > 0:
-        return "INT8 with the outlier split waits for the host in every layer: it cannot be captured (no split can)"
+        return "INT8 with the outlier split decides in every layer, on the host: it cannot be captured (no split can)"
     if engine == "compile" and lm.setting.needs_bitsandbytes:
         return "transformers does not compile bitsandbytes models"
     if engine == "compile" and facts["gpu_capability"] < [8, 0] and not os.environ.get(TURING_OPT_IN):
@@ -44,15 +47,17 @@ def difference(lm: LoadedModel, ours: torch.Tensor, eager: torch.Tensor, prompt_
     """Where an engine's ids [batch, prompt + new] leave eager's, in words (None: nowhere), and whether that is wrong.
 
     Two engines round differently, so a near-tie may fall either way, and every token after it is then another text's.
-    So the engine's own text is read by the model in one eager pass: each token it chose must be the best there, or
-    short of the best by no more than rounding explains: 4 units in the last place of the largest logit, and under
-    LLM.int8, which rounds activations to 8 bits, 4 of its steps.
+    So the engine's own text is read by the eager model: each token it chose must be the best there, or short of the
+    best by no more than rounding explains: 4 of the steps in which a setting rounds (ROUNDS) the largest logit.
     """
     if torch.equal(ours, eager):
         return None, False
     with torch.no_grad():
-        logits = lm.model(input_ids=ours[:, :-1]).logits[:, prompt_tokens - 1:].float()
-    step = 1 / 127 if lm.setting.quantisation == "bnb-int8" else torch.finfo(lm.model.dtype).eps
+        if lm.setting.quantisation == "dynamic-int8":  # gives all tokens of a pass one scale
+            logits = decode(lm.model, ours, ours.shape[1] - prompt_tokens).float()
+        else:
+            logits = lm.model(input_ids=ours[:, :-1]).logits[:, prompt_tokens - 1:].float()
+    step = ROUNDS.get(lm.setting.quantisation) or torch.finfo(lm.model.dtype).eps
     rounding = 4 * step * logits.abs().max().item()
     if (stop := lm.model.generation_config.eos_token_id) is not None:
         logits[..., stop] = -torch.inf

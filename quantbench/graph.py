@@ -1,20 +1,25 @@
-"""A greedy decode step as a CUDA graph: the host launches one thing per token, so precision is what is measured."""
+"""A greedy decode step captured once and replayed: no Python between two tokens, so precision is what is measured."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
+from quantbench.fuse import fused
 from quantbench.loaded import LoadedModel
 from quantbench.loaders import static_cache
 
 
-def capture(work: Callable[[], None]) -> Callable[[], None]:
+def capture(graph: Graph, work: Callable[[], None]) -> Callable[[], None]:
+    """`work`, a step of `graph`, recorded: a CUDA graph on a GPU, a TorchScript trace on a CPU."""
+    return cuda_graph(work) if graph.prompt.is_cuda else traced(graph, work)
+
+
+def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
     """`work` as a CUDA graph: every kernel of it is launched by one call. It must not wait for the host."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -28,16 +33,46 @@ def capture(work: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+class _Traceable(nn.Module):
+    """`work` as a function of the graph's tensors: a trace drops what is written to a tensor it was not given."""
+
+    def __init__(self, graph: Graph, work: Callable[[], None]) -> None:
+        super().__init__()
+        self.model, self.graph, self.work = graph.model, graph, work
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        self.graph.tensors = tensors
+        self.work()
+        return self.graph.token
+
+
+def traced(graph: Graph, work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as a TorchScript trace: torch runs its operators one after the other without Python."""
+    tensors = graph.tensors
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that the trace takes as constant: the text is held against eager's
+        script = torch.jit.trace(_Traceable(graph, work), tensors, check_trace=False)
+    graph.tensors = tensors
+
+    @torch.no_grad()
+    def replay() -> None:
+        script(*tensors)
+
+    for _ in range(2):  # the first calls profile and optimise
+        replay()
+    return replay
+
+
 class Graph:
     """Prefill and one decode step with its argmax, each captured once and replayed; the KV cache is static.
 
-    Between two tokens the host does nothing but launch one graph. While it is captured, activations and norms that
+    Between two tokens the host does nothing but start one replay. While it is captured, activations and norms that
     transformers spells out in up to 8 kernels run as torch's fused ones: the same function, rounded once instead of
-    several times. `capture` is a parameter so that the control flow can be tested without a GPU.
+    several times. `capture` is a parameter so that the control flow can be tested without it.
     """
 
     def __init__(self, lm: LoadedModel, prompt: torch.Tensor, tokens: int,
-                 capture: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+                 capture: Callable[[Graph, Callable[[], None]], Callable[[], None]]) -> None:
         batch, self.start = prompt.shape
         self.model, self.prompt = lm.model, prompt
         stop = lm.model.generation_config.eos_token_id
@@ -51,7 +86,19 @@ class Graph:
         with torch.no_grad(), fused(lm.model):
             self._prefill()  # the cache takes its shape from the first keys
             share_position(self.cache, self.position, self.writing)
-            self.prefill, self.step = capture(self._prefill), capture(self._step)
+            self.prefill, self.step = capture(self, self._prefill), capture(self, self._step)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that a step writes to."""
+        return (self.token, self.position, self.slot, self.new,
+                *(tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)))
+
+    @tensors.setter
+    def tensors(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self.token, self.position, self.slot, self.new, *cached = tensors
+        for layer, keys, values in zip(self.cache.layers, cached[::2], cached[1::2]):
+            layer.keys, layer.values, layer.cumulative_length = keys, values, self.position
 
     def __call__(self, tokens: int) -> torch.Tensor:
         self.prefill()
@@ -92,44 +139,3 @@ def share_position(cache, position: torch.Tensor, writing: SimpleNamespace) -> N
             layer.cumulative_length = position
             layer.update = lambda keys, values, *_, layer=layer, **__: (
                 layer.keys.index_copy_(2, writing.at, keys), layer.values.index_copy_(2, writing.at, values))
-
-
-class FusedRMSNorm(nn.Module):
-    """Llama's RMSNorm (x / rms(x) · weight) in torch's one kernel."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
-
-
-ROTARY = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
-FUSED = {"NewGELUActivation": lambda _: nn.GELU(approximate="tanh"),
-         **dict.fromkeys(["LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"], FusedRMSNorm)}
-
-
-def rotary(query, key, cos, sin, unsqueeze_dim=1):
-    """Llama's rotary embedding of queries and keys together: half the kernels of one after the other."""
-    both = torch.cat([query, key], dim=1)
-    half = both.shape[-1] // 2
-    turned = torch.cat([-both[..., half:], both[..., :half]], dim=-1)
-    both = torch.addcmul(both * cos.unsqueeze(unsqueeze_dim), turned, sin.unsqueeze(unsqueeze_dim))
-    return both[:, : query.shape[1]], both[:, query.shape[1]:]
-
-
-@contextlib.contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
-    """Within the block, FUSED and `rotary` run in place of what they name; all is as it was after it."""
-    swapped = [(parent, name, child, FUSED[type(child).__name__](child)) for parent in model.modules()
-               for name, child in parent.named_children() if type(child).__name__ in FUSED]
-    homes = {sys.modules[type(module).__module__] for module in model.modules() if type(module).__name__ in ROTARY}
-    swapped += [(home, "apply_rotary_pos_emb", home.apply_rotary_pos_emb, rotary) for home in homes]
-    try:
-        for parent, name, _, quick in swapped:
-            setattr(parent, name, quick)
-        yield
-    finally:
-        for parent, name, slow, _ in swapped:
-            setattr(parent, name, slow)

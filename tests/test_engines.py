@@ -1,17 +1,20 @@
 """The engines' control flow on the CPU, where only the capture is left out, and their refusals."""
 
+import weakref
+
 import pytest
 import torch
 
 import quantbench as qb
 from quantbench.engines import difference, refusal
-from quantbench.graph import Graph, fused
+from quantbench.fuse import fused
+from quantbench.graph import Graph, capture
 
 T4 = {"gpu": "Tesla T4", "gpu_capability": [7, 5]}
 H200 = {"gpu": "NVIDIA H200", "gpu_capability": [9, 0]}
 
 
-def at_once(work):
+def at_once(graph, work):
     """In place of the capture: the work itself."""
     return work
 
@@ -74,8 +77,10 @@ def test_a_wrong_token_is_told_from_a_near_tie(tiny_gpt2):
     ("graph", "gpu-fp16", T4, None),
     ("graph", "gpu-int4", T4, None),
     ("graph", "gpu-int8-nosplit", H200, None),
-    ("graph", "gpu-int8", H200, "outlier split waits for the host"),
-    ("graph", "cpu-fp32", H200, "needs an NVIDIA GPU"),
+    ("graph", "gpu-int8", H200, "outlier split decides"),
+    ("graph", "cpu-fp32", H200, None),
+    ("graph", "cpu-int8", H200, "outlier split decides"),
+    ("compile", "cpu-fp32", H200, "needs an NVIDIA GPU"),
     ("compile", "gpu-fp16", H200, None),
     ("compile", "gpu-fp16", T4, "Triton does not support compute capability 7.5"),
     ("compile", "gpu-int4", H200, "does not compile bitsandbytes"),
@@ -91,8 +96,24 @@ def test_an_engine_that_cannot_run_says_why(tiny_gpt2, engine, setting, facts, r
 
 def test_a_refused_engine_is_a_row(tiny):
     with qb.load(tiny, "cpu-fp32") as lm:
-        row = qb.generate(lm, max_new_tokens=2, engine="graph")
-    assert (row.status, row.engine) == ("unavailable", "graph") and "GPU" in row.reason
+        row = qb.generate(lm, max_new_tokens=2, engine="compile")
+    assert (row.status, row.engine) == ("unavailable", "compile") and "GPU" in row.reason
+
+
+@pytest.mark.parametrize("setting", ["cpu-fp32", "cpu-bf16", "cpu-int4", "cpu-int8-dynamic"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_traced_step_gives_eagers_tokens_at_every_length_and_leaves_nothing(tiny, setting, batch):
+    with qb.load(tiny, setting) as lm:
+        prompt = lm.encode(qb.PROMPT, batch)["input_ids"]
+        graph = Graph(lm, prompt, 40, capture)
+        for tokens in (40, 1, 17, 40):
+            ours, start = graph(tokens), prompt.shape[1]
+            assert not difference(lm, ours, eager(lm, prompt, tokens), start)[1]
+        row = qb.generate(lm, batch_size=batch, max_new_tokens=40, repeats=2, engine="graph", progress=False)
+        assert row.status == "ok" and row.new_tokens == 40, row.reason
+        del graph, row
+        alive = weakref.ref(lm.model)
+    assert alive() is None
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: nothing was captured")
