@@ -18,12 +18,15 @@ _HOME = {
     "loaders": ("load",),
     "loaded": ("LoadedModel",),
     "audit": ("AuditError",),
+    "limits": ("limits",),
     "generate": ("generate",),
     "quality": ("quality", "reference"),
     "sweep": ("sweep",),
     "tables": ("table", "show", "markdown", "machine_table"),
     "published": ("published_table", "show_published"),
-    "charts": ("plot_throughput", "plot_lengths", "plot_latency", "plot_vram"),
+    "charts": ("plot_throughput", "plot_lengths", "plot_latency", "plot_vram", "plot_floor"),
+    "explain": ("explain", "verdict", "why_table", "show_why"),
+    "scaling": ("crossovers", "plot_scaling"),
     "findings": ("findings",),
     "memory": ("memory_table", "show_memory", "plot_memory"),
     "save": ("save",),
@@ -34,6 +37,7 @@ _HOME = {
     "quality_view": ("quality_table", "quality_findings"),
     "pareto": ("plot_quality",),
     "continuations": ("continuations",),
+    "panel": ("panel",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -24,17 +24,19 @@ def audit(model: nn.Module) -> dict:
     counts the modules with a weight matrix that are still unquantised, by class, embeddings and output head apart;
     `bytes` is the size of every distinct tensor by dtype, bitsandbytes' absmax and code tables included, which
     `get_memory_footprint` misses. `embedding_bytes` is what embeddings and an unquantised head hold of it;
-    `step_bytes` what one decode step must read: all but tables of which it reads a row; `kv_bytes_per_token` what each
-    token of each sequence adds to the KV cache. Right after load: bitsandbytes repacks weights in its first forward.
+    `step_bytes` what one decode step must read: all but tables of which it reads a row; `step_products` how many
+    weights it multiplies by; `kv_bytes_per_token` what each token of each sequence adds to the KV cache. To be called
+    right after load: bitsandbytes repacks weights in its first forward.
     """
     head = model.get_output_embeddings()
     quantised, left, seen, total = Counter(), Counter(), set(), Counter()
-    quantised_bytes = embedding_bytes = looked_up_bytes = 0
+    quantised_bytes = embedding_bytes = looked_up_bytes = products = 0
     for module in model.modules():
         tensors = [tensor for tensor in _tensors(module) if _new(tensor, seen)]
         size = sum(tensor.nbytes for tensor in tensors)
         for tensor in tensors:
             total[_name(tensor.dtype)] += tensor.nbytes
+        products += _products(module)
         if is_quantised(module):
             quantised[module._get_name()] += 1
             quantised_bytes += size
@@ -50,6 +52,7 @@ def audit(model: nn.Module) -> dict:
         "quantised_bytes": quantised_bytes,
         "embedding_bytes": embedding_bytes,
         "step_bytes": total.total() - looked_up_bytes,
+        "step_products": products,
         "kv_bytes_per_token": kv_bytes_per_token(model.config, model.dtype.itemsize),
         "left": dict(left),
         "storage_dtype": _storage_dtype(example) if example else _name(model.dtype),
@@ -111,6 +114,13 @@ def _scales(module: nn.Module) -> torch.Tensor | None:
 def _has_matrix(module: nn.Module) -> bool:
     """Whether a module owns weights that quantisation is about: a small convolution is not."""
     return not isinstance(module, nn.Conv1d) and any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _products(module: nn.Module) -> int:
+    """How many weights a token is multiplied by in this module alone."""
+    if hasattr(module, "in_features"):  # Linear and its quantised kin, whose tensors are packed
+        return module.in_features * module.out_features
+    return 0 if isinstance(module, nn.Embedding) or not _has_matrix(module) else module.weight.numel()
 
 
 def _new(tensor: torch.Tensor, seen: set) -> bool:

@@ -66,6 +66,15 @@ def plot_vram(run: Iterable[Measurement]) -> Figure:
     return figure("Size of the weights (no VRAM figures in this run)", machine, panels, FIGURES["weights_gb"].label)
 
 
+def plot_floor(run: Iterable[Measurement]) -> Figure:
+    """Milliseconds of one decode step, and within it the floor: the time to read its bytes, or to compute its
+    products, at this machine's measured rates. Rows without `limits` have none. Raises ValueError for no rows or two
+    machines."""
+    named, machine = _checked(run)
+    return figure("One decode step, lower is faster (its floor is darker)", machine,
+                  _facets(named, _floor_bar), FIGURES["step_ms"].label)
+
+
 def _by_workload(run: Iterable[Measurement], name: str, title: str, digits: str) -> Figure:
     named, machine = _checked(run)
     return figure(title, machine, _facets(named, lambda cell: _bar(cell, name, digits)), FIGURES[name].label)
@@ -116,6 +125,17 @@ def _vram_bar(cell: Cell) -> Bar:
         return Bar(_colour(cell), "", None, f"on the CPU{weights}")
     text = f"{row.vram_gb:.3f}" + ("" if row.weights_gb is None else f" (weights {row.weights_gb:.3f})")
     return Bar(_colour(cell), _hatch(cell), row.vram_gb, text, inside=row.weights_gb)
+
+
+def _floor_bar(cell: Cell) -> Bar:
+    row = cell.row
+    if not cell.measured or row.step_ms is None:
+        return _failed(cell)
+    steps = row.new_tokens - 1
+    interval = row.latency_ci and tuple(1000 * (end - row.ttft_s) / steps for end in row.latency_ci)
+    floor = None if row.read_ms is None else min(max(row.read_ms, row.compute_ms or 0), row.step_ms)
+    text = f"{row.step_ms:.2f}" + ("" if floor is None else f" (floor {floor:.2f})")
+    return Bar(_colour(cell), _hatch(cell), row.step_ms, text, interval, inside=floor)
 
 
 def _weights_bar(rows: list[Cell]) -> Bar:

@@ -39,15 +39,14 @@ class Child(Executor):
 
     Jobs run in it one after the other. A job whose process dies raises `ChildDied` from its future. `shutdown`
     kills what is still running. Where there is no fork server (Windows) the process is spawned.
+
+    The first job starts the process, in a thread: the first server of all needs seconds, and a `shutdown` meanwhile
+    does not wait for it.
     """
 
     def __init__(self) -> None:
-        context = _context()
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _without_main():
-            self._process.start()
-        theirs.close()
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._ended = False
         self._turn = threading.Lock()
 
     def submit(self, function: Callable, /, *args: object, **named: object) -> Future:
@@ -56,12 +55,31 @@ class Child(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self._process.kill()
-        self._process.join()
+        self._ended = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+    def _start(self) -> None:
+        context = _context()
+        self._pipe, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        with _without_main():
+            process.start()
+        theirs.close()
+        self._process = process
+        if self._ended:  # while it started
+            process.kill()
 
     def _run(self, future: Future, function: Callable, args: tuple, named: dict) -> None:
         with self._turn:
             future.set_running_or_notify_cancel()
+            try:
+                if self._process is None:
+                    self._start()
+            except Exception as error:  # raised again where the result is asked for
+                future.set_exception(error)
+                return
             try:
                 self._pipe.send((function, args, named))
                 value, error = self._pipe.recv()

@@ -67,7 +67,8 @@ def _fastest(group: list[Cell]) -> str:
 
 def _ratios(group: list[Cell]) -> str:
     """Each setting's tokens/sec over the baseline's, with the interval of that ratio."""
-    base = next((cell for key in BASELINES for cell in reversed(group) if cell.row.setting == key), None)
+    base = next((cell for key in BASELINES for engine in (True, False) for cell in reversed(group)
+                 if cell.row.setting == key and (cell.row.engine == "eager") is engine), None)
     if base is None:
         labels = " nor ".join(SETTINGS[key].label for key in BASELINES)
         return f"No ratios: neither {labels} was measured"
@@ -101,7 +102,7 @@ def _rated(cell: Cell) -> str:
 # ---- size: one model ----
 
 def _smallest_weights(mine: list[Cell]) -> str:
-    sizes = {cell.setting: cell.row.weights_gb for cell in mine if cell.row.weights_gb is not None}
+    sizes = {cell.setting.removesuffix(f" · {cell.row.engine}"): cell.row.weights_gb for cell in mine if cell.row.weights_gb is not None}
     return f"smallest weights {_least(sizes)}." if len(sizes) > 1 else ""
 
 

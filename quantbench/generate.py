@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 from quantbench import machine, meters
 from quantbench.engines import ENGINES, Generate, difference, generator, refusal
 from quantbench.estimate import need_memory
+from quantbench.limits import known_limits
 from quantbench.loaded import LoadedModel, check_length
 from quantbench.record import PROMPT, Measurement, Workload
 from quantbench.settings import unknown
 from quantbench.stats import median_ci
+from quantbench.trace import traced
 
 REPEATS = (3, 10)  # at least, at most
 CLOSE_ENOUGH = 0.03  # stop repeating when the interval's half-width is within this share of the median
@@ -25,13 +27,16 @@ CPU_WARM_UP_TOKENS = 16  # on a GPU the warm-up has full length: kernels are cho
 
 def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *, batch_size: int = 1,
              repeats: int | None = None, budget_s: float = 30.0, engine: str = "eager",
-             clock: Callable[[], float] = time.perf_counter, progress: bool = True) -> Measurement:
+             trace: bool = False, clock: Callable[[], float] = time.perf_counter, progress: bool = True) -> Measurement:
     """Greedy generation of exactly `max_new_tokens` tokens for `batch_size` copies of `prompt`, timed.
 
     After a warm-up, at least 3 and at most 10 repeats: until the 95% interval of the median latency is within 3%
     or `budget_s` seconds are spent; `repeats` fixes their number. Each repeat also times a `generate` of one token,
-    the time to first token. `clock` returns seconds. Nothing but transformers' `generate` runs between two
-    readings of the clock.
+    the time to first token. `clock` returns seconds. Nothing but generation runs between two readings of the clock.
+
+    `engine` is "eager" (transformers' generate), "compile" (its compiled static cache) or "graph" (one captured
+    decode step); the text of the last two is held against eager's. `trace` adds where the time goes, by one more
+    generation under a profiler after all that is timed.
 
     A model that could not be loaded, or that runs out of memory, gives a row that says so. Raises ValueError for
     a workload that cannot run (see `Workload`) or is over the model's context length, RuntimeError for a closed
@@ -50,7 +55,7 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     asked["prompt_tokens"] = lm.encode(workload.prompt)["input_ids"].shape[1]
     check_length(lm.name, asked["prompt_tokens"], workload, lm.context_length)
     try:
-        return Measurement(**asked, **_measure(lm, workload, engine, asked["prompt_tokens"], clock, progress))
+        return Measurement(**asked, **_measure(lm, workload, engine, asked["prompt_tokens"], trace, clock, progress))
     except (RuntimeError, MemoryError) as error:
         if (reason := machine.out_of_memory(error)) is None:
             raise
@@ -59,7 +64,7 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     return Measurement(**asked, status="out_of_memory", reason=reason)
 
 
-def _measure(lm: LoadedModel, workload: Workload, engine: str, prompt_tokens: int, clock: Callable,
+def _measure(lm: LoadedModel, workload: Workload, engine: str, prompt_tokens: int, trace: bool, clock: Callable,
              progress: bool) -> dict:
     tokens = workload.max_new_tokens
     cache_bytes = lm.audit["kv_bytes_per_token"] * (prompt_tokens + tokens) * workload.batch_size
@@ -69,14 +74,16 @@ def _measure(lm: LoadedModel, workload: Workload, engine: str, prompt_tokens: in
     machine.release(lm.device)  # an engine of the call before may still hold its graph
     held = machine.held_bytes(lm.device)
     before = meters.readings(lm.device, meters.IDLE_S)
-    timed = partial(_timed, lm.device, generator(lm, engine, inputs, tokens), prompt_tokens, clock)
+    make = generator(lm, engine, inputs, tokens)
+    timed = partial(_timed, lm.device, make, prompt_tokens, clock)
     timed(tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS))
     has_peak = machine.reset_peak(lm.device)
     samples, output = _repeat(timed, lm, workload, progress)
     conditions = {"before": before, "after": meters.readings(lm.device),
                   "no_energy": meters.no_energy_reason(lm.device)}
     measured = samples | _memory(lm, held, has_peak) | {
-        "new_tokens": tokens, "text": lm.decode(output[0, -tokens:]), "conditions": conditions}
+        "new_tokens": tokens, "text": lm.decode(output[0, -tokens:]), "conditions": conditions,
+        "trace": traced(make, lm.device, tokens) if trace else None}
     return measured if engine == "eager" else measured | _held_against_eager(lm, inputs, output, tokens)
 
 
@@ -139,7 +146,7 @@ def _asked(lm: LoadedModel, workload: Workload, engine: str) -> dict:
         "engine": engine, "prompt": workload.prompt, "batch_size": workload.batch_size,
         "max_new_tokens": workload.max_new_tokens, "load_s": lm.load_s, "weights_bytes": lm.weights_bytes,
         "held_before_bytes": lm.held_before_bytes, "load_peak_bytes": lm.load_peak_bytes, "audit": lm.audit,
-        "machine": machine.facts(), "versions": machine.versions(),
+        "limits": known_limits(lm.device), "machine": machine.facts(), "versions": machine.versions(),
     }
 
 

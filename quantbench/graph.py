@@ -11,7 +11,7 @@ from torch import nn
 
 from quantbench.fuse import fused
 from quantbench.loaded import LoadedModel
-from quantbench.loaders import static_cache
+from quantbench.loaders import quiet, static_cache
 
 
 def capture(graph: Graph, work: Callable[[], None]) -> Callable[[], None]:
@@ -49,7 +49,7 @@ class _Traceable(nn.Module):
 def traced(graph: Graph, work: Callable[[], None]) -> Callable[[], None]:
     """`work` as a TorchScript trace: torch runs its operators one after the other without Python."""
     tensors = graph.tensors
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")  # of values that the trace takes as constant: the text is held against eager's
         script = torch.jit.trace(_Traceable(graph, work), tensors, check_trace=False)
     graph.tensors = tensors

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 EMPTY = "–"
 # As entities these characters mean nothing to Markdown, to GitHub's tables or to a notebook's MathJax.
 _MARKUP = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|~$#"}
-_TABLE = "border-collapse:collapse;table-layout:auto;margin:0 0 1.2em 0;max-width:100%;font-size:12px"
+_TABLE = "border-collapse:collapse;table-layout:auto;margin:0 0 1.2em 0;max-width:100%;font-size:12px;line-height:1.35"
 _CAPTION = "caption-side:top;text-align:left;padding:4px 8px 4px 0;font-size:13px;white-space:normal"
 _CELL = "padding:4px 8px;border-bottom:1px solid rgba(128,128,128,.3);vertical-align:top;"
 _NUMBER = _CELL + "text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums"
-_TEXT = _CELL + "text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:5em;max-width:22em"
+_TEXT = _CELL + "text-align:left;white-space:normal;overflow-wrap:anywhere;max-width:22em"
+_WHOLE = 12  # letters: a text or a word up to this long stays on one line
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")  # where DynamicQuantizedLinear may be broken
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Grid:
     note: str = ""
 
     def html(self) -> str:
-        styles = [_NUMBER if name in self.numbers else _TEXT for name in self.header]
+        styles = [self._style(place) for place in range(len(self.header))]
         head = "".join(f'<th style="{style};white-space:normal">{html.escape(name)}</th>'
                        for name, style in zip(self.header, styles))
         title, *rest = map(html.escape, self.caption)
@@ -39,9 +42,17 @@ class Grid:
         return (f'<table style="{_TABLE}"><caption style="{_CAPTION}">{caption}</caption>'
                 f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}")
 
+    def _style(self, column: int) -> str:
+        if self.header[column] in self.numbers:
+            return _NUMBER
+        texts = [row[column] for row in [self.header, *self.rows]]
+        parts = [part for text in texts for part in ([text] if len(text) <= _WHOLE else _HUMP.sub(" ", text).split())]
+        return f"{_TEXT};min-width:{min(max(map(len, parts)), _WHOLE)}ch"
+
     @staticmethod
     def _html_row(row: Sequence[str], styles: list[str], faint: bool) -> str:
-        cells = "".join(f'<td style="{style}">{html.escape(text)}</td>' for text, style in zip(row, styles))
+        cells = "".join(f'<td style="{style}">{_HUMP.sub("<wbr>", html.escape(text))}</td>'
+                        for text, style in zip(row, styles))
         return f'<tr style="opacity:.6">{cells}</tr>' if faint else f"<tr>{cells}</tr>"
 
     def markdown(self) -> str:

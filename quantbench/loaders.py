@@ -90,7 +90,7 @@ def check_fits(source: Source, setting: Setting) -> None:
     """Raise MemoryError, before anything is loaded, if the weights cannot fit into what is free."""
     if (config := _config(source)) is None:
         return
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         shapes = AutoModelForCausalLM.from_config(config)
     need_memory(weights_estimate(shapes, setting), machine.free_bytes(setting.device), "its weights")
     if source.weights == "random" and not _made(source).is_dir():
@@ -104,7 +104,7 @@ def checkpoint(source: Source) -> Path:
     folder = _made(source)
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside, _quiet():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside, quiet():
             whole = Path(aside) / "checkpoint"
             (_write_random if source.gguf is None else _write_from_gguf)(source, whole)
             with contextlib.suppress(OSError):  # another process was faster: its folder is as good
@@ -173,7 +173,7 @@ def _from_folder(folder: Path, setting: Setting) -> nn.Module:
         how["quantization_config"] = config
     if config is not None or setting.device == "cuda":
         how["device_map"] = {"": setting.device}
-    with _quiet():
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True, **how)
         if setting.linear:
             conv1d_to_linear(model)
@@ -229,7 +229,7 @@ def _tokenizer(folder: Path, vocab_size: int):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar per weight file, no advice: the notebook shows one line per load."""
     bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()

@@ -6,12 +6,12 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import cached_property
 from statistics import median
 
+from quantbench import roofline
+from quantbench.figures import FIGURES, figure
 from quantbench.plain import html_table, is_a, refuse_constant
 from quantbench.settings import SETTINGS
 from quantbench.stats import Interval, median_ci
@@ -44,27 +44,6 @@ class Workload:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if not is_a(self.budget_s, float) or not self.budget_s > 0:
             raise ValueError(f"budget_s must be above 0 seconds, not {self.budget_s!r}")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """How a derived figure is named wherever it is shown."""
-
-    name: str
-    label: str
-
-
-FIGURES: dict[str, Figure] = {}
-
-
-def figure(label: str) -> Callable[[Callable], cached_property]:
-    """Make a method of `Measurement` a derived figure: computed on read, never stored, one label everywhere."""
-
-    def register(method: Callable) -> cached_property:
-        FIGURES[method.__name__] = Figure(method.__name__, label)
-        return cached_property(method)
-
-    return register
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -190,6 +169,39 @@ class Measurement:
         """Median joules of a whole `generate` over its tokens; the machine's idle power is in it."""
         return median(self.energy_j) / self._tokens if self.energy_j and self.new_tokens else None
 
+    @figure("Step (ms)")
+    def step_ms(self) -> float | None:
+        """Milliseconds of one decode step, which gives every sequence of the batch one token."""
+        return 1000 * self.batch_size / self.decode_tokens_per_s if self.decode_tokens_per_s else None
+
+    @figure("Step reads (MB)")
+    def step_mb(self) -> float | None:
+        """What one decode step must read, in 1e6 bytes: weights, and the KV cache at its mean length."""
+        if self.prompt_tokens is None or self.new_tokens is None:
+            return None
+        count = roofline.step_bytes(self.audit, self.batch_size, self.prompt_tokens + self.new_tokens / 2)
+        return None if count is None else count / 1e6
+
+    @figure("Read floor (ms)")
+    def read_ms(self) -> float | None:
+        """The least milliseconds in which this device reads a step's bytes, by its measured rate."""
+        seconds = None if self.step_mb is None else roofline.read_s(1e6 * self.step_mb, self.limits)
+        return None if seconds is None else 1000 * seconds
+
+    @figure("Compute floor (ms)")
+    def compute_ms(self) -> float | None:
+        """The least milliseconds in which this device computes a step's products with weights, by its measured rate."""
+        int8 = self.setting in SETTINGS and "int8" in SETTINGS[self.setting].quantisation
+        dtype = "int8" if int8 else (self.audit or {}).get("compute_dtype")
+        seconds = roofline.compute_s(roofline.step_flops(self.audit, self.batch_size), dtype, self.limits)
+        return None if seconds is None else 1000 * seconds
+
+    @figure("MBU")
+    def mbu(self) -> float | None:
+        """Model bandwidth utilisation of decoding, as gpt-fast and Databricks ("LLM Inference Performance
+        Engineering", 2023) define it, over the measured rate of reading instead of the data sheet's."""
+        return self.read_ms / self.step_ms if self.read_ms is not None and self.step_ms else None
+
     @figure("Busy")
     def busy(self) -> str | None:
         """Who else used the device just before the timed region, in words; None where nobody did."""
@@ -264,7 +276,9 @@ class Measurement:
 
     def summary(self) -> dict[str, str]:
         """The row as a person reads it: label -> text."""
-        row = {"Model": self.model, "Setting": self.setting_label, "Max New Tokens": str(self.max_new_tokens)}
+        setting = self.setting_label + ("" if self.engine == "eager" else f" · {self.engine}")
+        row = {"Model": self.model, "Setting": setting, "Max New Tokens": str(self.max_new_tokens)}
+        row |= {"Batch": str(self.batch_size)} if self.batch_size > 1 else {}
         if self.status != "ok":
             return row | {"Status": self.status, "Reason": self.reason or ""}
         memory = "vram_gb" if self.vram_peak_bytes is not None else "weights_gb"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -23,6 +24,8 @@ from quantbench.run import Run
 from quantbench.settings import Setting, find_setting, unknown
 from quantbench.weights import Source, check_name, find
 
+LOOK_S = 0.2  # between two looks at `stop`, while a child measures
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -34,6 +37,7 @@ class Cell:
     engine: str
     source: Source | None
     reason: str | None = None
+    trace: bool = False
 
     def row(self, status: str, reason: str | None) -> Measurement:
         """The measurement of a cell that gave no samples."""
@@ -45,25 +49,28 @@ class Cell:
 
     @property
     def title(self) -> str:
-        return f"{self.model} · {self.setting.label} · {self.workload.max_new_tokens} tokens"
+        batch = f", batch {self.workload.batch_size}" if self.workload.batch_size > 1 else ""
+        return f"{self.model} · {self.setting.label} · {self.workload.max_new_tokens} tokens{batch}"
 
 
 def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_tokens: int | Iterable[int] = (128, 256),
-          *, prompt: str = PROMPT, batch_size: int = 1, repeats: int | None = None, budget_s: float = 30.0,
-          engine: str = "eager", weights: str | None = None, run: Run | None = None,
-          executor: Executor | str | None = None, timeout_s: float = 900.0, retry: bool = False,
-          progress: bool = True) -> Iterator[Measurement]:
-    """Measure every model under every setting at every length; yield each measurement as its cell ends.
+          *, prompt: str = PROMPT, batch_size: int | Iterable[int] = 1, repeats: int | None = None,
+          budget_s: float = 30.0, engine: str = "eager", trace: bool = False, weights: str | None = None,
+          run: Run | None = None, executor: Executor | str | None = None, timeout_s: float = 900.0, retry: bool = False,
+          stop: threading.Event | None = None, progress: bool = True) -> Iterator[Measurement]:
+    """Measure every model under every setting, length and batch size; yield each measurement as its cell ends.
 
-    A model is loaded once per setting, in a fresh child process, for all its lengths. A child that is killed gives a
+    A model is loaded once per setting, in a fresh child process, for all its workloads. A child that is killed gives a
     `crashed` row, one that takes over `timeout_s` seconds for a cell a `timeout` row, and the sweep goes on. With
     `run`, each row is added to it before it is yielded, and cells that it holds already are skipped; `retry=True`
     measures those again that are not ok. `executor="inline"` stays in this process (no timeout then); any
-    `concurrent.futures.Executor` takes the children's place. The other arguments are `generate`'s and `load`'s.
+    `concurrent.futures.Executor` takes the children's place. Once `stop` is set, the sweep ends: the child is killed
+    and its cell gives no row (in this process and in your executor that cell is measured to its end, and gives one).
+    The other arguments are `generate`'s and `load`'s.
 
     Raises ValueError at once, before anything is loaded, for a mistake in any argument.
     """
-    cells = _plan(models, settings, max_new_tokens, prompt, batch_size, repeats, budget_s, engine, weights)
+    cells = _plan(models, settings, max_new_tokens, prompt, batch_size, repeats, budget_s, engine, trace, weights)
     if isinstance(executor, str) and executor != "inline":
         raise ValueError(unknown("executor", executor, ("inline",)))
     if not timeout_s > 0:
@@ -71,14 +78,15 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
     todo = [cell for cell in cells if not _is_done(cell, run, retry)]
     if len(todo) < len(cells):
         tqdm.write(f"{len(cells) - len(todo)} of {len(cells)} cells are in the run already: skipped")
-    return _measure_all(todo, run, executor, timeout_s, progress)
+    return _measure_all(todo, run, executor, timeout_s, stop or threading.Event(), progress)
 
 
-def _plan(models, settings, max_new_tokens, prompt, batch_size, repeats, budget_s, engine, weights) -> list[Cell]:
+def _plan(models, settings, max_new_tokens, prompt, batch_size, repeats, budget_s, engine, trace, weights) -> list[Cell]:
     models, settings = _many(models), [find_setting(key) for key in _many(settings)]
     if engine not in ENGINES:
         raise ValueError(unknown("engine", engine, ENGINES))
-    workloads = [Workload(prompt, length, batch_size, repeats, budget_s) for length in _many(max_new_tokens)]
+    workloads = [Workload(prompt, length, batch, repeats, budget_s)
+                 for length in _many(max_new_tokens) for batch in _many(batch_size)]
     for model in models:
         check_name(model, weights)
     reasons = {setting: why_not(setting) for setting in settings}
@@ -87,7 +95,8 @@ def _plan(models, settings, max_new_tokens, prompt, batch_size, repeats, budget_
         source = None if all(reasons.values()) else find(model, weights)
         for workload in workloads if source else []:
             check_context(source, workload)
-        cells += [Cell(model, setting, workload, engine, None if reasons[setting] else source, reasons[setting])
+        cells += [Cell(model, setting, workload, engine, None if reasons[setting] else source, reasons[setting],
+                   trace)
                   for setting in settings for workload in workloads]
     return cells
 
@@ -98,10 +107,10 @@ def _is_done(cell: Cell, run: Run | None, retry: bool) -> bool:
 
 
 def _measure_all(cells: list[Cell], run: Run | None, executor: Executor | str | None, timeout_s: float,
-                 progress: bool) -> Iterator[Measurement]:
+                 stop: threading.Event, progress: bool) -> Iterator[Measurement]:
     with tqdm(total=len(cells), unit="cell", disable=not (progress and cells)) as bar:
         for _, group in groupby(cells, key=lambda cell: (cell.model, cell.setting)):
-            with contextlib.closing(_measure_group(list(group), executor, timeout_s, bar)) as rows:
+            with contextlib.closing(_measure_group(list(group), executor, timeout_s, stop, bar)) as rows:
                 for row in rows:
                     if run is not None:
                         run.add(row)
@@ -109,18 +118,22 @@ def _measure_all(cells: list[Cell], run: Run | None, executor: Executor | str | 
                     yield row
 
 
-def _measure_group(cells: list[Cell], executor: Executor | str | None, timeout_s: float,
+def _measure_group(cells: list[Cell], executor: Executor | str | None, timeout_s: float, stop: threading.Event,
                    bar: tqdm) -> Iterator[Measurement]:
     """The cells of one model x setting, in one process; in a new one after it died."""
     where: Executor | None = None
     try:
         for cell in cells:
+            if stop.is_set():
+                return
             bar.set_description(cell.title)
             if cell.reason is not None:
                 yield cell.row("unavailable", cell.reason)
                 continue
             where = where or (Inline() if executor == "inline" else executor or Child())
-            row = _measure(cell, where, timeout_s)
+            row = _measure(cell, where, timeout_s, stop if executor is None else None)
+            if row is None:
+                return
             if executor is None and row.status in ("crashed", "timeout"):
                 where.shutdown()
                 where = None
@@ -130,10 +143,11 @@ def _measure_group(cells: list[Cell], executor: Executor | str | None, timeout_s
             _let_go(where, ours=executor is None)
 
 
-def _measure(cell: Cell, where: Executor, timeout_s: float) -> Measurement:
+def _measure(cell: Cell, where: Executor, timeout_s: float, stop: threading.Event | None) -> Measurement | None:
+    """The cell's row, whatever happens to it; None if `stop` was set before it was done."""
     future = where.submit(measure, cell)
     try:
-        return future.result(timeout_s)
+        return _result(future, timeout_s, stop)
     except TimeoutError:
         future.cancel()
         return cell.row("timeout", f"not done after {timeout_s:g} s")
@@ -144,6 +158,17 @@ def _measure(cell: Cell, where: Executor, timeout_s: float) -> Measurement:
     except Exception as error:  # of this cell alone: it is said in full, and the others go on
         warnings.warn(f"{cell.title} failed: {error!r}\n" + "\n".join(getattr(error, "__notes__", [])), stacklevel=2)
         return cell.row("failed", f"{type(error).__name__}: {error}")
+
+
+def _result(future: Future, timeout_s: float, stop: threading.Event | None) -> Measurement | None:
+    if stop is None:
+        return future.result(timeout_s)
+    until = time.monotonic() + timeout_s
+    while not stop.is_set():
+        left_s = until - time.monotonic()
+        if wait([future], min(max(left_s, 0), LOOK_S)).done or left_s <= 0:
+            return future.result(0)
+    return None
 
 
 _held: list[LoadedModel] = []  # in the process that measures: the model of the cell before, for the next length
@@ -158,7 +183,7 @@ def measure(cell: Cell) -> Measurement:
         _held.append(load_source(cell.source, cell.setting))
     asked = cell.workload
     return generate(_held[0], asked.prompt, asked.max_new_tokens, batch_size=asked.batch_size, repeats=asked.repeats,
-                    budget_s=asked.budget_s, engine=cell.engine, progress=False)
+                    budget_s=asked.budget_s, engine=cell.engine, trace=cell.trace, progress=False)
 
 
 def close_held() -> None:

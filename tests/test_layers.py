@@ -9,19 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "quantbench"
 FLOORS = [  # a new module gets its place here
-    {"settings", "models", "stats", "plain", "record", "score", "run", "progress"},
+    {"settings", "models", "stats", "plain", "figures", "roofline", "record", "score", "run", "progress"},
     {"meters", "machine", "weights", "texts", "child", "pairing", "fuse"},
     {"estimate", "loaded"},
     {"audit"},
-    {"loaders", "windows"},
+    {"loaders", "windows", "limits"},
     {"graph", "logits"},
     {"engines", "quality"},
+    {"trace"},
     {"generate"},
     {"sweep"},
     {"panel"},  # measures and shows: the one place above both wings
 ]
 READING = {"view", "bars", "grid", "tables", "charts", "findings", "published", "memory", "save",
-           "report", "sides", "compare", "changes", "quality_view", "pareto", "continuations"}
+           "report", "sides", "compare", "changes", "quality_view", "pareto", "continuations", "explain", "scaling"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate"}
 

@@ -1,0 +1,84 @@
+"""What only a GPU can show: sizes in order, memory given back, a child that runs out of memory or is killed there."""
+
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+import quantbench as qb
+from quantbench import machine
+
+pytestmark = [pytest.mark.alone,
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: nothing was shown")]
+GPU_SETTINGS = [key for key, row in qb.SETTINGS.items() if row.device == "cuda"]
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, qb.Measurement]:
+    """distilgpt2 under every GPU setting, each with what it left behind after `close`."""
+    found = {}
+    for setting in GPU_SETTINGS:
+        before = torch.cuda.memory_allocated()
+        with qb.load("distilgpt2", setting, weights="random") as lm:
+            held = lm.held_after_bytes - lm.held_before_bytes
+            row = qb.generate(lm, max_new_tokens=64, repeats=3, progress=False)
+        found[setting] = row, held, torch.cuda.memory_allocated() - before
+    return found
+
+
+def test_every_setting_is_measured(rows):
+    assert {setting: row.status for setting, (row, _, _) in rows.items()} == dict.fromkeys(GPU_SETTINGS, "ok")
+
+
+def test_the_weights_are_in_order_and_the_ledger_is_the_allocators(rows):
+    sizes = [rows[setting][0].weights_bytes for setting in ("gpu-int4", "gpu-int8", "gpu-fp16", "gpu-fp32")]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+    for row, held, _ in rows.values():
+        assert row.weights_bytes == pytest.approx(held, rel=0.02)
+
+
+def test_what_was_held_is_given_back_within_a_mebibyte(rows):
+    assert {setting: left for setting, (_, _, left) in rows.items() if abs(left) > 2**20} == {}
+
+
+def test_fifty_rounds_of_alternating_settings_accumulate_nothing():
+    start = None
+    for number in range(50):
+        with qb.load("distilgpt2", GPU_SETTINGS[number % len(GPU_SETTINGS)], weights="random") as lm:
+            lm.model(**lm.encode(qb.PROMPT))
+        start = torch.cuda.memory_allocated() if number == 9 else start
+    assert torch.cuda.memory_allocated() - start <= 2**20
+
+
+def test_energy_lies_between_idle_and_the_limit(rows):
+    for row, _, _ in rows.values():
+        watts = sum(row.energy_j) / sum(row.latencies_s)
+        assert 0.8 * row.conditions["before"]["idle_w"] < watts < row.machine["gpu_power_limit_w"]
+
+
+def test_a_child_without_memory_is_a_row_and_the_next_one_starts_at_zero():
+    """The cache of so many sequences fits, as estimated, and what attention needs beside it does not."""
+    prompt, tokens = "word " * 200, 210
+    fits = machine.free_bytes("cuda") // (tokens * 2 * 6 * 768 * 2)  # distilgpt2: keys and values of 6 layers
+    full = qb.sweep("distilgpt2", "gpu-fp16", 4, prompt=prompt, batch_size=int(0.97 * fits), repeats=1, weights="random",
+                    progress=False)
+    after = qb.sweep("distilgpt2", "gpu-int8", 4, repeats=1, weights="random", progress=False)
+    first, second = [*full, *after]
+    assert first.status == "out_of_memory" and "CUDA out of memory" in first.reason
+    assert second.status == "ok" and second.held_before_bytes == 0
+
+
+def test_a_killed_child_is_a_row_and_the_next_one_starts_at_zero():
+    def kill() -> None:
+        while not (busy := [child for child in psutil.Process().children(recursive=True) if child.cpu_percent(0.5) > 60]):
+            time.sleep(0.1)
+        time.sleep(4)
+        busy[0].kill()
+
+    list(qb.sweep("distilgpt2", "gpu-fp16", 2, repeats=1, weights="random", progress=False))  # the server is up
+    threading.Thread(target=kill, daemon=True).start()
+    rows = list(qb.sweep("distilgpt2", ["gpu-fp16", "gpu-int4"], 900, repeats=10, weights="random", progress=False))
+    assert [row.status for row in rows] == ["crashed", "ok"] and "SIGKILL" in rows[0].reason
+    assert rows[1].held_before_bytes == 0
