@@ -3,6 +3,7 @@
 # make notebook open the notebooks in JupyterLab
 # make readme   write the README's tables and charts anew from results/published/
 # make test-colab  the notebooks in a replica of Colab's image (Python 3.13; its first run installs 5 GB into build/)
+# make test-browser  notebook 01 and its panel in headless Chromium (your system's); screenshots in build/browser/
 # make address URL=https://...   move the repository: badges, notebooks and README follow
 # make clean    remove the environment and what was built
 
@@ -14,7 +15,7 @@ OUT    := results/local/$(STAMP)
 PYTHON313 ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3.13))
 MODELS ?= ["distilgpt2", "gpt2", "smollm2-135m"]
 
-.PHONY: bench test test-colab notebook readme address clean
+.PHONY: bench test test-colab test-browser notebook readme address clean
 
 bench: $(VENV)/ready
 	mkdir -p $(OUT)
@@ -29,6 +30,10 @@ test: $(VENV)/ready
 
 test-colab:
 	$(PYTHON) tests/colab/replica.py $(PYTHON313) $(NOTEBOOKS)
+
+test-browser: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python tests/browser/drive.py
 
 notebook: $(VENV)/ready
 	$(BIN)/jupyter lab notebooks

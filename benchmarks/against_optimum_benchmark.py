@@ -5,8 +5,9 @@ model in a process of its own. Both start from the same checkpoint folders, made
 a whole process, imports included, and the two take turns. A hand-written loop over transformers' generate gives the
 tokens/sec that ours are held against.
 
-usage: python benchmarks/against_optimum_benchmark.py PYTHON [ROUNDS]
-where PYTHON has optimum-benchmark==0.6.0, transformers==4.57.3 and datasets 3.6.
+usage: python benchmarks/against_optimum_benchmark.py PYTHON [ROUNDS [MEMORY]]
+where PYTHON has optimum-benchmark==0.6.0, transformers==4.57.3 and datasets 3.6. MEMORY (True or False) is its own
+tracking of memory, a second process that polls; ours is in every row and cannot be left out.
 """
 
 import json
@@ -46,7 +47,7 @@ from optimum_benchmark import Benchmark, BenchmarkConfig, InferenceConfig, Proce
 if __name__ == "__main__":
     rates = []
     for folder in sys.argv[1:]:
-        scenario = InferenceConfig(latency=True, memory=True, warmup_runs=1, iterations=3, duration=0,
+        scenario = InferenceConfig(latency=True, memory=MEMORY, warmup_runs=1, iterations=3, duration=0,
                                    input_shapes={"batch_size": 1, "sequence_length": 12},
                                    generate_kwargs={"max_new_tokens": 64, "min_new_tokens": 64})
         backend = PyTorchConfig(model=folder, processor=folder, device="cpu", library="transformers",
@@ -80,11 +81,11 @@ def timed(python: str, code: str, arguments: list[str]) -> tuple[float, list[flo
     return seconds, json.loads(done.stdout.partition("RATES ")[2].splitlines()[0])
 
 
-def main(python: str, rounds: str = "3") -> None:
+def main(python: str, rounds: str = "3", memory: str = "True") -> None:
     folders, ratios = checkpoints(), []
     for number in range(int(rounds)):
         ours, our_rates = timed(sys.executable, OURS, list(MODELS))
-        theirs, their_rates = timed(python, THEIRS, folders)
+        theirs, their_rates = timed(python, THEIRS.replace("MEMORY", memory), folders)
         _, by_hand = timed(sys.executable, BY_HAND, folders)
         ratios.append(ours / theirs)
         print(f"round {number + 1}: ours {ours:.1f} s, theirs {theirs:.1f} s, ratio {ratios[-1]:.2f}; tokens/sec ours "
@@ -94,6 +95,6 @@ def main(python: str, rounds: str = "3") -> None:
 
 
 if __name__ == "__main__":
-    if not 2 <= len(sys.argv) <= 3:
+    if not 2 <= len(sys.argv) <= 4:
         raise SystemExit(__doc__)
     main(*sys.argv[1:])

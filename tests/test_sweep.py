@@ -83,6 +83,26 @@ def test_stopping_in_the_middle_keeps_what_was_measured_and_leaves_no_child(tiny
     assert len(qb.Run.read(run.path)) == 2 and not children()
 
 
+def test_a_set_event_ends_a_cell_without_a_row_and_keeps_the_others(tiny_gpt2):
+    stop, rows = threading.Event(), []
+    sweep = qb.sweep(tiny_gpt2, ["cpu-fp32", "cpu-int4"], [3, 50], repeats=400, progress=False, stop=stop)
+    rows.append(next(sweep))
+    when_measuring(lambda child: stop.set())
+    start = time.monotonic()
+    rows += sweep
+    assert [(row.max_new_tokens, row.status) for row in rows] == [(3, "ok")] and not children()
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("executor", ["inline", ThreadPoolExecutor(1)])
+def test_a_set_event_ends_another_executor_after_its_cell(tiny_gpt2, executor):
+    stop, rows = threading.Event(), []
+    for row in qb.sweep(tiny_gpt2, ["cpu-fp32", "cpu-int4"], [3, 5], executor=executor, stop=stop, **SHORT):
+        rows.append(row)
+        stop.set()
+    assert [row.max_new_tokens for row in rows] == [3]
+
+
 def test_a_second_sweep_measures_only_what_is_missing(tiny, tmp_path, capsys):
     run = qb.Run.open(tmp_path / "run.jsonl")
     assert len(list(qb.sweep(tiny, "cpu-fp32", [3, 5], run=run, **SHORT))) == 2
