@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 
 from quantbench.graph import Graph, capture
-from quantbench.loaded import LoadedModel
-from quantbench.logits import decode
+from quantbench.loaded import LoadedModel, stepwise_logits
 
 ENGINES = ("eager", "compile", "graph")
 TURING_OPT_IN = "QUANTBENCH_COMPILE_ON_TURING"
@@ -54,7 +53,7 @@ def difference(lm: LoadedModel, ours: torch.Tensor, eager: torch.Tensor, prompt_
         return None, False
     with torch.no_grad():
         if lm.setting.quantisation == "dynamic-int8":  # gives all tokens of a pass one scale
-            logits = decode(lm.model, ours, ours.shape[1] - prompt_tokens).float()
+            logits = stepwise_logits(lm.model, ours, ours.shape[1] - prompt_tokens).float()
         else:
             logits = lm.model(input_ids=ours[:, :-1]).logits[:, prompt_tokens - 1:].float()
     step = ROUNDS.get(lm.setting.quantisation) or torch.finfo(lm.model.dtype).eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,7 +18,10 @@ from quantbench.view import Cell, cells, machine_of, plain
 
 FLOORS = {name: FIGURES[name].label for name in ("step_ms", "step_mb", "read_ms", "compute_ms", "mbu")}
 SHARES = {"idle": "Waiting (%)", "reading": "Reading (%)", "computing": "Computing (%)",
-          "quantisation": "Quantising (%)", "products": "Slow products (%)", "rest": "All else (%)"}
+          "quantisation": "Quantising (%)", "quantised": "Quantised products (%)",
+          "products": "Other products (%)", "rest": "All else (%)"}
+# products with quantised weights: bitsandbytes' and torch's operators, and the 8-bit kernels of CUTLASS and cuBLAS
+QUANTISED = re.compile(r"gem[mv]_4bit|int8_\w*(_mm|matmul)\b|linear_dynamic|igemm|tensorop_i\d|_s8|_int_mm")
 VERDICTS = ("overhead-bound", "bandwidth-bound", "compute-bound", "dequantisation-bound")
 
 
@@ -25,7 +29,8 @@ VERDICTS = ("overhead-bound", "bandwidth-bound", "compute-bound", "dequantisatio
 class Verdict:
     """What bounds one decode step. `shares` of the step's time sum to 1: `idle` (the device has no work: Python,
     launches), `reading` or `computing` (the floor that no software can go under), `quantisation` (quantising and
-    dequantising outside a product), `products` (products with weights above the floor), `rest` (all other work)."""
+    dequantising outside a product), `quantised` and `products` (products with quantised and with other weights, above
+    the floor), `rest` (all other work)."""
 
     kind: str
     shares: dict[str, float]
@@ -71,29 +76,33 @@ def why_table(run: Iterable[Measurement]) -> pd.DataFrame:
 
 
 def show_why(run: Iterable[Measurement]) -> Grids:
-    """`why_table` as a notebook shows it, one per model. Raises ValueError for a run of several machines."""
+    """`why_table` as a notebook shows it, one per model, without columns that tell nothing here. Raises ValueError for
+    a run of several machines."""
     rows = list(run)
     machine, frame = machine_of(rows), why_table(rows).dropna(axis="columns", how="all")
-    decimals = dict.fromkeys(SHARES.values(), 0) | dict(zip(FLOORS.values(), (2, 1, 2, 3, 2))) | {"Kernels/token": 0}
-    return Grids([grid(part, [plain(model), machine], decimals=decimals)
+    idle = [label for label in SHARES.values() if label in frame and not frame[label].round().any()]
+    same = ["Workload"] if frame["Workload"].nunique() == 1 else []
+    frame = frame.drop(columns=[FLOORS["step_mb"], FLOORS["compute_ms"], *idle, *same], errors="ignore")
+    decimals = dict.fromkeys(SHARES.values(), 0) | {FLOORS[name]: 2 for name in ("step_ms", "read_ms", "mbu")}
+    caption = [machine, *(rows and same and [cells(rows)[0].workload])]
+    return Grids([grid(part, [plain(model), *caption], decimals=decimals | {"Kernels/token": 0})
                   for model, part in frame.groupby(level=0, sort=False)])
 
 
 def verdict(row: Measurement) -> Verdict | None:
     """The verdict on a row: the cause that takes the most of a decode step. None without limits or a trace.
 
-    No threshold: the step's time is divided among causes, and the largest names it. Work above the floor inside a
-    product counts as dequantisation where its weights are quantised and as compute where they are not; everything
-    that is not a product is overhead, as the time without work is: a faster product would not shorten it.
+    No threshold: the step's time is divided among causes, and the largest names it. What a product takes above the
+    floor counts as dequantisation where its weights are quantised and as compute where they are not; everything that
+    is not a product is overhead, as the time without work is: a faster product would not shorten it.
     """
     if (shares := _shares(row)) is None:
         return None
-    quantised = bool((row.audit or {}).get("quantised"))
     causes = {
         "overhead-bound": shares["idle"] + shares["rest"],
         "bandwidth-bound": shares["reading"],
-        "compute-bound": shares["computing"] + (0 if quantised else shares["products"]),
-        "dequantisation-bound": shares["quantisation"] + (shares["products"] if quantised else 0),
+        "compute-bound": shares["computing"] + shares["products"],
+        "dequantisation-bound": shares["quantisation"] + shares["quantised"],
     }
     return Verdict(max(causes, key=causes.__getitem__), shares)
 
@@ -113,9 +122,18 @@ def _shares(row: Measurement) -> dict[str, float] | None:
     products = spent.get("products", 0.0)
     quantisation = min(spent.get("quantisation", 0.0), busy - floor)
     above = min(max(products - floor, 0.0), busy - floor - quantisation)
+    quantised = above * _quantised(trace.get("top"), kinds)
     return {name: seconds / step for name, seconds in {
         "idle": max(step - busy, 0.0), "reading": floor if reading else 0.0, "computing": 0.0 if reading else floor,
-        "quantisation": quantisation, "products": above, "rest": busy - floor - quantisation - above}.items()}
+        "quantisation": quantisation, "quantised": quantised, "products": above - quantised,
+        "rest": busy - floor - quantisation - above}.items()}
+
+
+def _quantised(top: object, kinds: dict) -> float:
+    """Which part of the products has quantised weights, by the names of the kernels that took the most."""
+    named = [one for one in top if isinstance(one, dict) and is_a(one.get("seconds"), float)
+             and QUANTISED.search(str(one.get("name")))] if isinstance(top, list) else []
+    return min(1.0, sum(one["seconds"] for one in named) / kinds["products"]) if kinds.get("products") else 0.0
 
 
 # ---- the evidence, in words ----
@@ -135,6 +153,7 @@ def _causes(row: Measurement, shares: dict[str, float]) -> str:
     gpu = row.vram_peak_bytes is not None
     names = {"idle": "the GPU waits" if gpu else "is spent outside torch's operators (Python)",
              "quantisation": "goes to quantising and dequantising",
+             "quantised": "goes to products with quantised weights, above that floor",
              "products": "goes to products with weights, above that floor",
              "rest": "to attention, norms and other small " + ("kernels" if gpu else "operators")}
     parts = sorted(((shares[name], text) for name, text in names.items() if shares[name] >= 0.05), reverse=True)
@@ -151,6 +170,7 @@ def _largest(row: Measurement) -> str:
         return ""
     name = plain(first.get("name")).partition("<")[0].removeprefix("void ")[:48]
     times = "once" if round(first["calls"]) == 1 else f"{first['calls']:.0f} times"
+    name += " (the output head)" if times == "once" and name == "aten::linear" else ""
     return f"{name}, called {times} a token, is {first['seconds'] / device:.0%} of the work."
 
 

@@ -100,6 +100,7 @@ def _repeat(timed: Callable, lm: LoadedModel, workload: Workload, progress: bool
             latencies.append(seconds)
             first_token.append(timed(1)[0])
             bar.update()
+        bar.total = bar.n  # fewer than 10 were enough: a notebook would paint the bar red
     return {"latencies_s": latencies, "first_token_s": first_token,
             "energy_j": None if None in joules else joules}, output
 

@@ -9,6 +9,7 @@ import weakref
 import zlib
 
 import torch
+from torch import nn
 
 from quantbench import machine
 from quantbench.record import Workload
@@ -82,6 +83,17 @@ def check_length(name: str, prompt_tokens: int, workload: Workload, context_leng
     if context_length and prompt_tokens + workload.max_new_tokens > context_length:
         raise ValueError(f"{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
                          f"{context_length} tokens that {name} has positions for")
+
+
+def stepwise_logits(model: nn.Module, ids: torch.Tensor, scored: int) -> torch.Tensor:
+    """The logits [batch, scored, vocabulary] that predict the last `scored` tokens of `ids` [batch, tokens], taken as
+    generation takes them: what comes before in one pass, these one by one with a KV cache."""
+    cache, logits = None, []
+    for part in (ids[:, :-scored], *ids[:, -scored:-1].split(1, dim=1)):
+        step = model(input_ids=part, past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        logits.append(step.logits[:, -1:])
+    return torch.cat(logits, dim=1)
 
 
 class StandInTokenizer:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -27,7 +28,7 @@ from quantbench.estimate import need_memory, weights_estimate
 from quantbench.loaded import LoadedModel, StandInTokenizer, check_length
 from quantbench.record import Workload
 from quantbench.settings import SETTINGS, Setting, find_setting, unavailable_reason
-from quantbench.weights import SEED, Source, cache_folder, check_name, find
+from quantbench.weights import SEED, UNFINISHED, Source, cache_folder, check_name, find, remove_unfinished
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else: a missing optional CPU kernel, at every load
 
@@ -104,7 +105,8 @@ def checkpoint(source: Source) -> Path:
     folder = _made(source)
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside, quiet():
+        remove_unfinished()
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{UNFINISHED}{os.getpid()}-") as aside, quiet():
             whole = Path(aside) / "checkpoint"
             (_write_random if source.gguf is None else _write_from_gguf)(source, whole)
             with contextlib.suppress(OSError):  # another process was faster: its folder is as good

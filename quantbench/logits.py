@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from quantbench.loaded import LoadedModel
+from quantbench.loaded import LoadedModel, stepwise_logits
 from quantbench.windows import Batch, Plan
 
 ROWS_BYTES = 32 * 2**20  # float32 log-probabilities that are worked on at a time; a handful of such tensors is held
@@ -49,22 +49,11 @@ def forward(lm: LoadedModel, batch: Batch, stepwise: bool) -> torch.Tensor:
     """
     ids, last = batch.ids.to(lm.model.device), batch.scored + 1
     if stepwise:
-        return torch.cat([decode(lm.model, window[None], batch.scored)[0] for window in ids])
+        return torch.cat([stepwise_logits(lm.model, window[None], batch.scored)[0] for window in ids])
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
         asked["logits_to_keep"] = last
     return lm.model(**asked).logits[:, -last:-1].flatten(0, 1)
-
-
-def decode(model: nn.Module, ids: torch.Tensor, scored: int) -> torch.Tensor:
-    """The logits [batch, scored, vocabulary] that predict the last `scored` tokens of `ids` [batch, tokens], taken as
-    generation takes them: what comes before in one pass, these one by one with a KV cache."""
-    cache, logits = None, []
-    for part in (ids[:, :-scored], *ids[:, -scored:-1].split(1, dim=1)):
-        step = model(input_ids=part, past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
-        logits.append(step.logits[:, -1:])
-    return torch.cat(logits, dim=1)
 
 
 def _reduce(logits: torch.Tensor, other: torch.Tensor | None, batch: Batch,

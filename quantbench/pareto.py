@@ -140,6 +140,9 @@ def _place(ax: Axes, drawn: list[tuple[Mark, float]]) -> None:
     """Each label beside its mark, at the nearest place where it covers no mark, no other label and not the front."""
     scale, inside = ax.figure.dpi / 72, ax.get_window_extent()
     taken = [_box(ax, (mark.speed, mark.loss), (mark.speed, mark.loss), radius * scale) for mark, radius in drawn]
+    for mark, _ in drawn:
+        low, high = mark.speed_ci or (mark.speed, mark.speed)
+        taken.append(_box(ax, (low, mark.loss), (high, mark.loss), 2 * scale))
     best = front([mark for mark, _ in drawn])
     for fast, slow in zip(best, best[1:]):
         corner = slow.speed, fast.loss

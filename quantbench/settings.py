@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from quantbench.plain import html_table
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -56,7 +58,24 @@ _ROWS = (
     Setting("cpu-int8-dynamic", "CPU INT8 dynamic", "cpu", "float32", "dynamic-int8", linear=True),
 )
 
-SETTINGS: dict[str, Setting] = {row.key: row for row in _ROWS}
+
+class Settings(dict[str, Setting]):
+    """The rows by key; a notebook shows them as a table, a terminal as lines."""
+
+    def _rows(self) -> list[dict[str, str]]:
+        return [{"Key": row.key, "Setting": row.label, "Device": row.device, "Dtype": row.dtype,
+                 "Quantisation": row.quantisation + (" + double quantisation" if row.double_quant else "")
+                 + (" without the outlier split" if not row.threshold else "")} for row in self.values()]
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows())
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{row['Key']:18}{row['Setting']:24}{row['Dtype']:10}{row['Quantisation']}"
+                         for row in self._rows())
+
+
+SETTINGS = Settings((row.key, row) for row in _ROWS)
 PUBLISHED: tuple[str, ...] = tuple(SETTINGS)[:4]
 
 

@@ -20,9 +20,9 @@ TOKENS = 16
 TOP = 6
 # by name, the first that fits: kernels of cuBLAS, CUTLASS and bitsandbytes, operators of torch and bitsandbytes
 KINDS = (
+    ("attention", re.compile(r"attention|flash|fmha|softmax", re.IGNORECASE)),
     ("products", re.compile(r"gemm|gemv|matmul|cutlass|nvjet|xmma|splitK|dot_kernel|::(linear|addmm|bmm|mm)\b|"
                             r"linear_dynamic|_scaled_mm|_int_mm")),
-    ("attention", re.compile(r"attention|flash|fmha|softmax", re.IGNORECASE)),
     ("quantisation", re.compile(r"quant", re.IGNORECASE)),
 )
 

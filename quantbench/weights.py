@@ -6,10 +6,13 @@ import functools
 import http.client
 import importlib.metadata
 import os
+import shutil
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from quantbench.models import MODELS
 from quantbench.record import WEIGHTS
@@ -17,6 +20,7 @@ from quantbench.settings import unknown
 
 SEED = 0
 PROBE_S = 3.0
+UNFINISHED = "making-"  # and the process that makes it
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # never pickle
 _NOT_FILES = ["onnx/*", "original/*", "*/*.safetensors"]
 
@@ -78,6 +82,13 @@ def find(name: str, weights: str | None = None) -> Source:
 def cache_folder() -> Path:
     """Where converted and random checkpoints are kept: $QUANTBENCH_CACHE, or ~/.cache/quantbench."""
     return Path(os.environ.get("QUANTBENCH_CACHE") or Path.home() / ".cache" / "quantbench")
+
+
+def remove_unfinished() -> None:
+    """Free what processes left that were killed while they made a checkpoint: it may be gigabytes."""
+    for left in cache_folder().glob(f"{UNFINISHED}*-*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(UNFINISHED).partition("-")[0])):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def test_notebook_01_runs_whole_and_a_second_time_resumes(tiny_gpt2, tmp_path):
         (setting, n) for setting in (*qb.PUBLISHED, *qb.more_settings(qb.facts())) for n in (3, 5)}
     assert all(row.status in ("ok", "unavailable") for row in run)
     outputs = [output for cell in code_cells(tmp_path / "executed.ipynb") for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
     assert not any(output.output_type == "error" for output in outputs)
     assert {path.suffix for path in rows.parent.iterdir()} == {".jsonl", ".csv", ".md", ".png"}
     assert len(list(rows.parent.glob("*.png"))) == 4

@@ -52,3 +52,9 @@ def test_twins_store_the_same_bytes(gpu, cpu):
 def test_an_unknown_setting_names_the_nearest():
     with pytest.raises(ValueError, match="unknown setting 'gpu-int-4'; did you mean .*'gpu-int4'"):
         find_setting("gpu-int-4")
+
+
+def test_the_settings_show_themselves_as_a_table_and_as_lines():
+    page, text = SETTINGS._repr_html_(), repr(SETTINGS)
+    assert page.count("<tr>") == len(SETTINGS) + 1 and len(text.splitlines()) == len(SETTINGS)
+    assert all(key in page and key in text for key in SETTINGS)

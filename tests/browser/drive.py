@@ -35,7 +35,7 @@ SETTINGS = {  # every cell is in the page, not only those in view; and nothing p
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 WORKING_S = 120
-CHARTS, PANEL_CHARTS = 4, 4
+CHARTS, PANEL_CHARTS = 5, 4
 
 
 def main() -> None:

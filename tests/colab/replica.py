@@ -23,7 +23,8 @@ ADDED = {"bitsandbytes", "quantbench"}
 HEADLESS = "papermill==2.7.0"  # what it takes to run a notebook without Colab's page; the rest of it is pinned
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 64, "vocab_size": 500,
          "bos_token_id": 0, "eos_token_id": 0}
-TINY = {"models": [str(BUILD / "tiny-gpt2")], "max_new_tokens": [3, 5], "cell_budget_s": 0.1}
+TINY = {"models": [str(BUILD / "tiny-gpt2")], "sizes": [str(BUILD / "tiny-gpt2"), str(BUILD / "trained-gpt2")],
+        "max_new_tokens": [3, 5], "batch_sizes": [1, 2], "cell_budget_s": 0.1, "tokens": 300}
 # Colab's kernel has google.colab from the start: so the setup cell knows where it is, and so does accelerate.
 STARTUP = "import google.colab\n"
 
@@ -62,6 +63,10 @@ def build(python: str) -> None:
     (BUILD / "stub" / "google" / "colab" / "__init__.py").touch()
     (BUILD / "tiny-gpt2").mkdir(exist_ok=True)
     (BUILD / "tiny-gpt2" / "config.json").write_text(json.dumps(MODEL))
+    if not (BUILD / "trained-gpt2").is_dir():  # quality is of weights that somebody saved
+        command(BIN / "python", "-c", "import sys, transformers as t; t.AutoModelForCausalLM.from_config("
+                "t.AutoConfig.from_pretrained(sys.argv[1])).save_pretrained(sys.argv[2])",
+                BUILD / "tiny-gpt2", BUILD / "trained-gpt2")
     forget(json.loads((BUILD / "base.json").read_text()))
 
 
@@ -96,7 +101,7 @@ def run(path: Path) -> list[dict]:
 
 def tiny(path: Path, out: Path) -> dict:
     """Small values for those of the notebook's parameters that have one here, a list where it has a list."""
-    known = TINY | {"model": TINY["models"][0], "results": str(out / "rows.jsonl")}
+    known = TINY | {"model": str(BUILD / "trained-gpt2"), "results": str(out / "rows.jsonl")}
     cell = next(cell for cell in json.loads(path.read_text())["cells"]
                 if "parameters" in cell["metadata"].get("tags", []))
     found = {}
