@@ -193,7 +193,7 @@ def test_a_parent_that_ends_mid_sweep_leaves_no_orphan_and_resumes(tiny_gpt2, tm
 
 def test_a_child_that_runs_into_its_memory_limit_is_a_row_with_the_bytes_asked_for(tiny_gpt2, tmp_path):
     path = tmp_path / "run.jsonl"
-    out, error = start(tiny_gpt2, path, limit=8 * 10**9, batch=4 * 10**5).communicate(timeout=200)
+    out, error = start(tiny_gpt2, path, limit=8 * 10**9, batch=12 * 10**5).communicate(timeout=200)
     rows = list(qb.Run.read(path))
     assert [row.status for row in rows] == ["out_of_memory"] * 4, out + error
     assert all("bytes" in row.reason for row in rows)
