@@ -63,9 +63,10 @@ def tables() -> str:
     qualities, whys = published("quality"), published("why")
     parts = []
     for name, run in published().items():
-        parts += [f"### {run[0].machine_name}", made_by(f"{name}.jsonl", run),
-                  qb.markdown([row for row in run if row.status == "ok"]), qb.findings(run)._repr_markdown_(),
-                  f"![Memory of every setting on {run[0].machine_name}](docs/charts/{name}-memory.png)"]
+        parts += [f"### {run[0].machine_name}", made_by(f"{name}.jsonl", run), qb.findings(run)._repr_markdown_(),
+                  f"![Memory of every setting on {run[0].machine_name}](docs/charts/{name}-memory.png)",
+                  "<details><summary>Every row</summary>", qb.markdown([row for row in run if row.status == "ok"]),
+                  "</details>"]
         if scored := [row for row in qualities.get(name, run) if row.perplexity]:
             made = " " + made_by(f"quality/{name}.jsonl", scored) if name in qualities else ""
             parts += [f"**Quality beside speed.**{made}", qb.quality_findings(scored)._repr_markdown_(),

@@ -34,7 +34,7 @@ _HOME = {
     "compare": ("compare", "compare_table", "plot_machines"),
     "changes": ("changes",),
     "sides": ("shipped",),
-    "quality_view": ("quality_table", "quality_findings"),
+    "quality_view": ("quality_table", "show_quality", "quality_findings"),
     "pareto": ("plot_quality",),
     "continuations": ("continuations",),
     "panel": ("panel",),

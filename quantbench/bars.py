@@ -73,8 +73,10 @@ def figure(title: str, subtitle: str, panels: Sequence[Panel], axis: str, legend
     fig.text(0.1 / width, 1 - 0.37 / height, textwrap.shorten(subtitle, int(14 * width), placeholder=" …"),
              va="top", size=_SMALL, color=GREY, parse_math=False)
     if legend:
-        fig.legend(handles=legend, loc="upper right", bbox_to_anchor=(1 - 0.05 / width, 1 - 0.05 / height),
-                   ncols=len(legend), frameon=False, fontsize=_SMALL, handlelength=1.2)
+        drawn = fig.legend(handles=legend, loc="upper right", bbox_to_anchor=(1 - 0.05 / width, 1 - 0.05 / height),
+                           ncols=len(legend), frameon=False, fontsize=_SMALL, handlelength=1.2)
+        for text in drawn.get_texts():
+            text.set_parse_math(False)
     room = _room(width, columns, panels)
     for line, row in zip(lines, axes):
         limit = _limit([bar for panel in panels if panel.model == line[0].model for bar in panel.bars], room)

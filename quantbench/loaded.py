@@ -41,8 +41,10 @@ class LoadedModel:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def decode(self, ids: torch.Tensor) -> str | None:
-        """The text of a 1-D tensor of token ids; None where random weights would only make noise."""
-        return None if self.weights == "random" else self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        """The text of a 1-D tensor of token ids; None where there is no tokenizer, or random weights."""
+        if self.weights == "random" or isinstance(self.tokenizer, StandInTokenizer):
+            return None
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
     @property
     def context_length(self) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from quantbench.bars import GREY
 from quantbench.charts import COLOURS
@@ -150,10 +150,9 @@ def _draw(ax: Axes, lines: list[Series]) -> None:
     points = {point.at: point.name for series in lines for point in series.points}
     by_batch = lines[0].axis.startswith("batch")
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(sorted(points)))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(
-        lambda at, _: f"{at:g}" if by_batch else f"{points.get(at, '').replace(' (random weights)', '')}\n{at:.2g}"))
+    ax.set_xticks(sorted(points), [f"{at:g}" if by_batch else f"{points[at].replace(' (random weights)', '')}\n{at:.2g}"
+                                   for at in sorted(points)], parse_math=False)
     ax.set_ylim(0, 1.12 * max(1, *(point.interval[1] if point.interval else point.ratio
                                    for series in lines for point in series.points)))
     ax.set_title(lines[0].panel, loc="left", size=_TEXT, weight="bold", color=_INK, parse_math=False)
@@ -162,4 +161,5 @@ def _draw(ax: Axes, lines: list[Series]) -> None:
     ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=_SMALL, frameon=False, loc="best")
+    for text in ax.legend(fontsize=_SMALL, frameon=False, loc="best").get_texts():
+        text.set_parse_math(False)

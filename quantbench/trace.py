@@ -38,7 +38,7 @@ def traced(make: Generate, device: str, max_new_tokens: int) -> dict:
     tokens = min(max_new_tokens, TOKENS)
     make(tokens)
     activities = [ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         machine.synchronize(device)
         make(tokens)
         machine.synchronize(device)

@@ -32,6 +32,11 @@ def tiny_gpt2(tmp_path_factory) -> str:
     return _folder(tmp_path_factory, "gpt2")
 
 
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> str:
+    return _folder(tmp_path_factory, "llama")
+
+
 def _folder(tmp_path_factory, name: str) -> str:
     folder = tmp_path_factory.mktemp(f"tiny-{name}-")
     (folder / "config.json").write_text(json.dumps(TINY[name]))

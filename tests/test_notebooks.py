@@ -78,6 +78,31 @@ def test_cells_are_short_and_logic_lives_in_the_package(notebook):
         assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)) for node in ast.walk(tree))
 
 
+def test_every_name_it_takes_from_the_package_is_there(notebook):
+    text = "\n".join(cell.source for cell in nbformat.read(notebook, 4).cells)
+    missing = [name for name in set(re.findall(r"\bqb\.(\w+)", text)) if not hasattr(qb, name)]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", qb.__all__)
+def test_every_public_name_leads_somewhere_and_says_what_it_is(name):
+    assert getattr(qb, name) is not None and (not callable(getattr(qb, name)) or getattr(qb, name).__doc__)
+
+
+def test_notebook_03_runs_whole(tiny_gpt2, tiny_llama, tmp_path):
+    rows = tmp_path / "out" / "rows.jsonl"
+    parameters = {"model": tiny_gpt2, "sizes": [tiny_gpt2, tiny_llama], "batch_sizes": [1, 2], "max_new_tokens": 4,
+                  "settings": ["cpu-fp32", "gpu-int4", "cpu-int8"], "cell_budget_s": 0.1, "results": str(rows)}
+    papermill.execute_notebook(ROOT / "notebooks" / "03_why.ipynb", tmp_path / "executed.ipynb", parameters,
+                               cwd=ROOT / "notebooks", progress_bar=False)
+    run = qb.Run.read(rows)
+    done = {(row.batch_size, row.engine) for row in run if row.status == "ok"}
+    assert done == {(1, "eager"), (2, "eager"), (1, "graph")}
+    outputs = [output for cell in code_cells(tmp_path / "executed.ipynb") for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert {path.name for path in rows.parent.iterdir()} == {"rows.jsonl", "why.csv", "floor.png", "scaling.png"}
+
+
 def test_notebook_01_runs_whole_and_a_second_time_resumes(tiny_gpt2, tmp_path):
     shutil.copy(NOTEBOOKS[0], tmp_path / "notebook.ipynb")
     rows = tmp_path / "out" / "rows.jsonl"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -230,6 +231,16 @@ def test_the_crossover_is_where_the_interval_leaves_one():
     assert "nowhere faster" in qb.crossovers(never)[0]
 
 
+def test_a_model_named_in_markup_is_text_in_sentences_and_charts():
+    name = "<b>$\\frac{$ *x*</b>"
+    rows = [dataclasses.replace(cell(setting, batch, [1.0, 1.1]), model=name)
+            for setting in ("gpu-fp16", "gpu-int8") for batch in (1, 4)]
+    page = qb.crossovers(rows)._repr_markdown_() + qb.show_why(rows)._repr_html_() + qb.explain(rows)._repr_markdown_()
+    assert "<b>$" not in page and "*x*" not in qb.crossovers(rows)._repr_markdown_()
+    for chart in (qb.plot_scaling(rows), qb.plot_floor(rows)):
+        chart.draw_without_rendering()
+
+
 def test_one_batch_size_has_no_line():
     rows = [cell("gpu-fp16", 1, [1.0, 1.1]), cell("gpu-int8", 1, [1.0, 1.1])]
     assert qb.crossovers(rows) == ["fewer than two batch sizes or models measured yet"]
@@ -244,6 +255,13 @@ def test_a_sweep_takes_several_batch_sizes_and_counts_all_sequences(tiny):
     assert [(row.batch_size, row.status) for row in rows] == [(1, "ok"), (3, "ok")]
     for row in rows:
         assert row.tokens_per_s == pytest.approx(row.batch_size * 5 / row.latency_s)
+
+
+@pytest.mark.alone
+def test_latency_does_not_shrink_with_repeats():
+    with qb.load("distilgpt2", "cpu-fp32", weights="random") as lm:
+        seconds = qb.generate(lm, max_new_tokens=16, repeats=20, progress=False).latencies_s
+    assert median(seconds[10:]) == pytest.approx(median(seconds[:10]), rel=0.2)
 
 
 @pytest.mark.alone

@@ -21,7 +21,7 @@ BUILD = ROOT / "build" / "colab"
 BIN = BUILD / "env" / "bin"
 ADDED = {"bitsandbytes", "quantbench"}
 HEADLESS = "papermill==2.7.0"  # what it takes to run a notebook without Colab's page; the rest of it is pinned
-MODEL = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 64, "vocab_size": 500,
+MODEL = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 1024, "vocab_size": 500,
          "bos_token_id": 0, "eos_token_id": 0}
 TINY = {"models": [str(BUILD / "tiny-gpt2")], "sizes": [str(BUILD / "tiny-gpt2"), str(BUILD / "trained-gpt2")],
         "max_new_tokens": [3, 5], "batch_sizes": [1, 2], "cell_budget_s": 0.1, "tokens": 300}
@@ -63,10 +63,9 @@ def build(python: str) -> None:
     (BUILD / "stub" / "google" / "colab" / "__init__.py").touch()
     (BUILD / "tiny-gpt2").mkdir(exist_ok=True)
     (BUILD / "tiny-gpt2" / "config.json").write_text(json.dumps(MODEL))
-    if not (BUILD / "trained-gpt2").is_dir():  # quality is of weights that somebody saved
-        command(BIN / "python", "-c", "import sys, transformers as t; t.AutoModelForCausalLM.from_config("
-                "t.AutoConfig.from_pretrained(sys.argv[1])).save_pretrained(sys.argv[2])",
-                BUILD / "tiny-gpt2", BUILD / "trained-gpt2")
+    if not (BUILD / "trained-gpt2" / "tokenizer.json").is_file():
+        command(BIN / "python", ROOT / "tests" / "colab" / "trained.py", BUILD / "tiny-gpt2",
+                ROOT / "quantbench" / "data" / "evaluation.txt", BUILD / "trained-gpt2")
     forget(json.loads((BUILD / "base.json").read_text()))
 
 
