@@ -67,7 +67,7 @@ def why_table(run: Iterable[Measurement]) -> pd.DataFrame:
         shares = {label: 100 * found.shares[name] if found else None for name, label in SHARES.items()}
         records.append({"Setting": cell.setting, "Workload": cell.workload}
                        | {label: getattr(cell.row, name) for name, label in FLOORS.items()}
-                       | {"Kernels/token": (cell.row.trace or {}).get("kernels")} | shares
+                       | {"Kernels/token": _kernels(cell.row)} | shares
                        | {"Verdict": found.kind if found else ""})
     numbers = [*FLOORS.values(), "Kernels/token", *SHARES.values()]
     frame = pd.DataFrame(records, columns=["Setting", "Workload", *numbers, "Verdict"],
@@ -136,6 +136,11 @@ def _quantised(top: object, kinds: dict) -> float:
     return min(1.0, sum(one["seconds"] for one in named) / kinds["products"]) if kinds.get("products") else 0.0
 
 
+def _kernels(row: Measurement) -> float | None:
+    count = (row.trace or {}).get("kernels")
+    return count if is_a(count, float) else None
+
+
 # ---- the evidence, in words ----
 
 def _evidence(cell: Cell, found: Verdict, named: list[Cell]) -> str:
@@ -150,16 +155,15 @@ def _evidence(cell: Cell, found: Verdict, named: list[Cell]) -> str:
 
 
 def _causes(row: Measurement, shares: dict[str, float]) -> str:
+    """ "Of the step, the GPU waits 93%." """
     gpu = row.vram_peak_bytes is not None
-    names = {"idle": "the GPU waits" if gpu else "is spent outside torch's operators (Python)",
-             "quantisation": "goes to quantising and dequantising",
-             "quantised": "goes to products with quantised weights, above that floor",
-             "products": "goes to products with weights, above that floor",
-             "rest": "to attention, norms and other small " + ("kernels" if gpu else "operators")}
-    parts = sorted(((shares[name], text) for name, text in names.items() if shares[name] >= 0.05), reverse=True)
-    if not parts:
-        return ""
-    return ", ".join(f"{share:.0%} {text}" for share, text in parts) + "."
+    words = {"idle": "the GPU waits" if gpu else "Python, outside torch's operators, takes",
+             "quantisation": "quantising and dequantising take",
+             "quantised": "products with quantised weights take, above that floor,",
+             "products": "products with unquantised weights take, above that floor,",
+             "rest": f"attention, norms and other small {'kernels' if gpu else 'operators'} take"}
+    parts = sorted(((shares[name], text) for name, text in words.items() if shares[name] >= 0.05), reverse=True)
+    return f"Of the step, {'; '.join(f'{text} {share:.0%}' for share, text in parts)}." if parts else ""
 
 
 def _largest(row: Measurement) -> str:
@@ -183,11 +187,11 @@ def _against(cell: Cell, found: Verdict, named: list[Cell]) -> str:
                  and SETTINGS[key].device == device), None)
     if base is None or not (row.audit or {}).get("quantised") or base.row.step_mb is None:
         return ""
-    counts = row.trace.get("kernels"), base.row.trace.get("kernels")
-    if not all(is_a(count, float) for count in counts) or counts[0] <= counts[1]:
+    ours, theirs = _kernels(row), _kernels(base.row)
+    if ours is None or theirs is None or ours <= theirs:
         return ""
     units = "kernels" if row.vram_peak_bytes is not None else "operators"
-    said = (f"It launches {counts[0]:.0f} {units} a token where {base.setting} launches {counts[1]:.0f}, to read "
+    said = (f"It launches {ours:.0f} {units} a token where {base.setting} launches {theirs:.0f}, to read "
             f"{row.step_mb:.0f} instead of {base.row.step_mb:.0f} MB")
     idle = found.kind == "overhead-bound"
     return said + (": quantising cannot help until overhead goes away." if idle else ".")

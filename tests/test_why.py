@@ -187,7 +187,7 @@ def test_a_large_batch_is_compute_bound():
 def test_the_evidence_names_kernels_waiting_and_what_cannot_help():
     said = {sentence.partition(": ")[0]: sentence for sentence in qb.explain(RECORDED)}
     text = said["GPT-2 (random weights), GPU INT8, 32 tokens"]
-    assert "the GPU waits" in text and "launches 576 kernels a token where GPU FP16 launches 297" in text
+    assert "the GPU waits 94%" in text and "launches 576 kernels a token where GPU FP16 launches 297" in text
     assert text.endswith("quantising cannot help until overhead goes away.")
     assert "needs 0.06 ms" in said["GPT-2 (random weights), GPU FP16, 32 tokens"]
 
@@ -196,7 +196,8 @@ def test_rows_without_limits_or_trace_get_no_verdict_and_broken_ones_do_no_harm(
     row = recorded("gpt2", "gpu-fp16", "eager")
     for change in ({"trace": None}, {"limits": None}, {"limits": {"read_bytes_per_s": "fast"}}, {"trace": {"kinds": 3}},
                    {"trace": {"device_s": "x", "kinds": {}}}, {"audit": {"step_bytes": "many"}}, {"audit": None},
-                   {"trace": row.trace | {"kinds": {"products": -1.0}}}, {"limits": {"matrix_flops_per_s": 3}}):
+                   {"trace": row.trace | {"kinds": {"products": -1.0}}},
+                   {"trace": {"kernels": "many"}}, {"limits": {"matrix_flops_per_s": 3}}):
         broken = dataclasses.replace(row, **change)
         assert qb.verdict(broken) is None and "No verdict" in qb.explain([broken])[0]
         qb.show_why([broken]), qb.plot_floor([broken])
