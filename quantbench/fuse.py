@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 
 class FusedRMSNorm(nn.Module):
@@ -85,7 +86,10 @@ TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]  # layers 
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Within the block, fewer kernels run in place of FUSED, ROTARY and TOGETHER; all is as it was after it."""
+    """Within the block, fewer kernels run in place of FUSED, ROTARY and TOGETHER; all is as it was after it.
+
+    The mask is made of numbers once per step: torch's attention would make them of booleans in every layer.
+    """
     swapped = [(parent, name, child, FUSED[type(child).__name__](child)) for parent in model.modules()
                for name, child in parent.named_children() if type(child).__name__ in FUSED]
     homes = {sys.modules[type(module).__module__] for module in model.modules() if type(module).__name__ in ROTARY}
@@ -94,8 +98,10 @@ def fused(model: nn.Module) -> Iterator[None]:
     try:
         for parent, name, _, quick in swapped:
             setattr(parent, name, quick)
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = eager_mask
         yield
     finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
         for parent, name, slow, _ in swapped:
             setattr(parent, name, slow)
 
