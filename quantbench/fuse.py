@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+
+@functools.cache
+def kernel(source: str) -> Callable[..., torch.Tensor]:
+    """An elementwise C++ function of a dtype T as one CUDA kernel, compiled by torch's jiterator at its first call."""
+    return torch.cuda.jiterator._create_jit_fn(f"template <typename T> {source}")
+
+
+def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) · up."""
+    if not gate.is_cuda:
+        return functional.silu(gate) * up
+    return kernel("T silu_times(T gate, T up) { float g = gate; return g / (1.0f + exp(-g)) * float(up); }")(gate, up)
+
+
+def two_products(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """a · b + c · d, broadcast."""
+    if not a.is_cuda:
+        return torch.addcmul(a * b, c, d)
+    return kernel("T two_products(T a, T b, T c, T d) { return float(a) * float(b) + float(c) * float(d); }")(a, b, c, d)
 
 
 class FusedRMSNorm(nn.Module):
@@ -21,6 +42,17 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+class FusedMLP(nn.Module):
+    """Llama's gated MLP with its activation and its product of gate and up in one kernel."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp.down_proj(silu_times(self.mlp.gate_proj(hidden), self.mlp.up_proj(hidden)))
 
 
 class RotaryTables(nn.Module):
@@ -36,10 +68,10 @@ class RotaryTables(nn.Module):
 
 
 def rotary(query, key, by_first, by_second, unsqueeze_dim=1):
-    """Llama's rotary embedding of queries and keys together, both halves of every head at once: 3 kernels, not 10."""
+    """Llama's rotary embedding of queries and keys together, both halves of every head at once: 2 kernels, not 10."""
     both = torch.cat([query, key], dim=1)
     first, second = both.unflatten(-1, (2, 1, -1)).unbind(-3)
-    turned = torch.addcmul(first * by_first.unsqueeze(unsqueeze_dim), second, by_second.unsqueeze(unsqueeze_dim))
+    turned = two_products(first, by_first.unsqueeze(unsqueeze_dim), second, by_second.unsqueeze(unsqueeze_dim))
     return turned.flatten(-2).split([query.shape[1], key.shape[1]], dim=1)
 
 
@@ -77,33 +109,45 @@ class SharedPart(nn.Module):
         return self.parts.pop(self.index)
 
 
-FUSED = {"NewGELUActivation": lambda _: nn.GELU(approximate="tanh"),
-         **dict.fromkeys(["LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"], FusedRMSNorm),
-         **dict.fromkeys(["LlamaRotaryEmbedding", "MistralRotaryEmbedding", "Qwen2RotaryEmbedding"], RotaryTables)}
-ROTARY = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
+def additive_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> torch.Tensor | None:
+    """transformers' mask as numbers, once per step: of booleans, torch's attention makes them in every layer anew."""
+    allowed = sdpa_mask(*args, dtype=dtype, **kwargs)
+    if allowed is None:
+        return None
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+LIKE_LLAMA = ("Llama", "Mistral", "Qwen2", "Qwen3")
+FUSED = {"NewGELUActivation": lambda _: nn.GELU(approximate="tanh")} | {
+    f"{family}{part}": quick for family in LIKE_LLAMA
+    for part, quick in {"RMSNorm": FusedRMSNorm, "MLP": FusedMLP, "RotaryEmbedding": RotaryTables}.items()}
+ROTARY = {f"{family}Attention" for family in LIKE_LLAMA}
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]  # layers of one input, called in this order
 
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Within the block, fewer kernels run in place of FUSED, ROTARY and TOGETHER; all is as it was after it.
-
-    The mask is made of numbers once per step: torch's attention would make them of booleans in every layer.
-    """
+    """Within the block, fewer kernels run in place of FUSED, ROTARY, TOGETHER and the mask; all is as it was after it."""
     swapped = [(parent, name, child, FUSED[type(child).__name__](child)) for parent in model.modules()
-               for name, child in parent.named_children() if type(child).__name__ in FUSED]
+               for name, child in parent.named_children() if _known(child)]
     homes = {sys.modules[type(module).__module__] for module in model.modules() if type(module).__name__ in ROTARY}
     swapped += [(home, "apply_rotary_pos_emb", home.apply_rotary_pos_emb, rotary) for home in homes]
     swapped += [swap for parent in model.modules() for names in TOGETHER for swap in _together(parent, names)]
     try:
         for parent, name, _, quick in swapped:
             setattr(parent, name, quick)
-        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = eager_mask
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = additive_mask
         yield
     finally:
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
         for parent, name, slow, _ in swapped:
             setattr(parent, name, slow)
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a class of FUSED is what its name says: an MLP may have another activation than SiLU."""
+    activation = getattr(module, "act_fn", None)
+    return type(module).__name__ in FUSED and (activation is None or type(activation).__name__ in ("SiLU", "SiLUActivation"))
 
 
 def _together(parent: nn.Module, names: tuple[str, ...]) -> list[tuple[nn.Module, str, nn.Module, nn.Module]]:

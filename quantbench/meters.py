@@ -12,7 +12,8 @@ import psutil
 import pynvml
 import torch
 
-IDLE_S = 0.25  # long enough for NVML's energy counter to move
+IDLE_S = 0.25
+TICK_S = 0.3  # patience for NVML's energy counter, which moves some 10 times a second
 THROTTLE = {  # nvmlClocksEventReasons: why a GPU runs below its clocks; the ones that make a number unfair
     0x04: "power cap", 0x08: "hardware slowdown", 0x20: "thermal, software", 0x40: "thermal, hardware",
     0x80: "power brake",
@@ -23,16 +24,17 @@ RAPL = Path("/sys/class/powercap")
 def readings(device: str, idle_s: float = 0.0) -> dict:
     """What the machine is doing now, as plain JSON; with `idle_s`, watched for that long while we do nothing.
 
-    `cpu_busy` is then what others take of all cores (0 to 1), `idle_w` the power in watts without our work.
+    `cpu_busy` is then what others take of all cores (0 to 1), `idle_w` the power in watts without our work, from one
+    step of the energy counter to another.
     """
-    energy, start = energy_j(device), time.perf_counter()
+    energy, start = _energy_at_its_step(device) if idle_s else (None, 0.0)
     psutil.cpu_percent()
     time.sleep(idle_s)
     found: dict = {"load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
     if idle_s:
         found["cpu_busy"] = psutil.cpu_percent() / 100
-        spent = None if energy is None else energy_j(device) - energy
-        found["idle_w"] = None if spent is None else spent / (time.perf_counter() - start)
+        after, end = _energy_at_its_step(device)
+        found["idle_w"] = None if energy is None or after is None else (after - energy) / (end - start)
     return found | _gpu_readings() if device == "cuda" else found
 
 
@@ -44,6 +46,14 @@ def energy_j(device: str) -> float | None:
         return sum(int((zone / "energy_uj").read_text()) for zone in _packages()) / 1e6 if _packages() else None
     except (OSError, ValueError):
         return None
+
+
+def _energy_at_its_step(device: str) -> tuple[float | None, float]:
+    """`energy_j` and the clock (s) when the counter moves next: read in between, it is up to a step behind."""
+    before, until = energy_j(device), time.perf_counter() + TICK_S
+    while before is not None and (now := energy_j(device)) == before and time.perf_counter() < until:
+        time.sleep(0.002)
+    return (None if before is None else now), time.perf_counter()
 
 
 def no_energy_reason(device: str) -> str | None:

@@ -8,7 +8,7 @@ import math
 import typing
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from statistics import median
+from statistics import fmean, median
 
 from quantbench import roofline
 from quantbench.figures import FIGURES, figure
@@ -166,8 +166,11 @@ class Measurement:
 
     @figure("Energy (J/token)")
     def energy_per_token_j(self) -> float | None:
-        """Median joules of a whole `generate` over its tokens; the machine's idle power is in it."""
-        return median(self.energy_j) / self._tokens if self.energy_j and self.new_tokens else None
+        """Mean joules of a whole `generate` over its tokens; the machine's idle power is in it.
+
+        The mean, because the counter moves in steps: what one sample misses is in the next.
+        """
+        return fmean(self.energy_j) / self._tokens if self.energy_j and self.new_tokens else None
 
     @figure("Step (ms)")
     def step_ms(self) -> float | None:
