@@ -80,8 +80,8 @@ def why(name: str, run: qb.Run) -> list[str]:
     eager = [row for row in run if row.engine == "eager"]
     return ["**Why.** Where the time of one decode step goes, in percent; *· graph* is a captured step that is "
             "replayed. " + made_by(f"why/{name}.jsonl", run),
-            qb.show_why([row for row in run if row.trace]).markdown(),
-            f"![One decode step of every setting and its floor on {run[0].machine_name}](docs/charts/{name}-floor.png)",
+            "<details><summary>Every traced row</summary>", qb.show_why([row for row in run if row.trace]).markdown(),
+            "</details>", f"![One decode step of every setting and its floor on {run[0].machine_name}](docs/charts/{name}-floor.png)",
             qb.crossovers(eager)._repr_markdown_(),
             f"![Tokens per second against the unquantised setting, by batch and model size, on {run[0].machine_name}]"
             f"(docs/charts/{name}-scaling.png)"]

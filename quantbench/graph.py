@@ -66,9 +66,9 @@ def traced(graph: Graph, work: Callable[[], None]) -> Callable[[], None]:
 class Graph:
     """Prefill and one decode step with its argmax, each captured once and replayed; the KV cache is static.
 
-    Between two tokens the host does nothing but start one replay. While it is captured, activations and norms that
-    transformers spells out in up to 8 kernels run as torch's fused ones: the same function, rounded once instead of
-    several times. `capture` is a parameter so that the control flow can be tested without it.
+    Between two tokens the host does nothing but start one replay. What transformers spells out in many kernels is
+    captured as fewer (`fuse`): the same functions, rounded once instead of several times. `capture` is a parameter so
+    that the control flow can be tested without it.
     """
 
     def __init__(self, lm: LoadedModel, prompt: torch.Tensor, tokens: int,

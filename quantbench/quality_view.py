@@ -165,6 +165,8 @@ def _saving(row: Measurement, base: Measurement) -> str:
     if (sizes := _sizes(row, base)) is None:
         return ""
     saved = _saved(row, base)
+    if abs(saved) < 0.005:
+        return f"takes as much {sizes[2]}" if sizes[2] == "VRAM" else "has weights as large"
     return f"saves {saved:.0%} of the {sizes[2]}" if saved > 0 else f"takes {-saved:.0%} more {sizes[2]}"
 
 

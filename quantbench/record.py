@@ -18,6 +18,7 @@ from quantbench.stats import Interval, median_ci
 
 SCHEMA = 1
 BUSY = 0.2  # share of a device that others may use before a row says so
+ENERGY_S = 1.0  # a GPU's energy counter moves some 10 times a second: what a sample misses is in the next one
 STATUSES = ("ok", "unavailable", "out_of_memory", "crashed", "timeout", "failed")
 WEIGHTS = ("pretrained", "bundled", "random")
 PROMPT = "Once upon a time, in a small village by the sea"  # 12 GPT-2 tokens, as the published experiment counted
@@ -166,11 +167,9 @@ class Measurement:
 
     @figure("Energy (J/token)")
     def energy_per_token_j(self) -> float | None:
-        """Mean joules of a whole `generate` over its tokens; the machine's idle power is in it.
-
-        The mean, because the counter moves in steps: what one sample misses is in the next.
-        """
-        return fmean(self.energy_j) / self._tokens if self.energy_j and self.new_tokens else None
+        """Mean joules of a whole `generate` over its tokens, idle power included; None if under ENERGY_S was timed."""
+        enough = self.energy_j and self.new_tokens and sum(self.latencies_s) >= ENERGY_S
+        return fmean(self.energy_j) / self._tokens if enough else None
 
     @figure("Step (ms)")
     def step_ms(self) -> float | None:

@@ -12,13 +12,14 @@ from quantbench.record import FIGURES, Measurement
 from quantbench.view import Cell, cells, plain
 
 # figure -> decimals where it is shown; the order is that of the columns
-_DECIMALS = {"latency_s": 3, "tokens_per_s": 1, "vram_gb": 3, "ttft_s": 3, "weights_gb": 3, "ram_peak_gb": 3}
+_DECIMALS = {"latency_s": 3, "tokens_per_s": 1, "vram_gb": 3, "ttft_s": 3, "weights_gb": 3, "ram_peak_gb": 3,
+             "energy_per_token_j": 2}
 _LABEL = {name: FIGURES[name].label for name in [*_DECIMALS, "tokens_per_s_ci"]}
 _SHOWN_AS = {_LABEL[name]: decimals for name, decimals in _DECIMALS.items()}
 LENGTH = "Max New Tokens"
 PUBLISHED_COLUMNS = ("Setting", LENGTH, _LABEL["latency_s"], _LABEL["tokens_per_s"], _LABEL["vram_gb"])
 COLUMNS = (*PUBLISHED_COLUMNS, _LABEL["tokens_per_s_ci"], _LABEL["ttft_s"], _LABEL["weights_gb"],
-           _LABEL["ram_peak_gb"], "Audit", "Status", "Note")
+           _LABEL["ram_peak_gb"], _LABEL["energy_per_token_j"], "Audit", "Status", "Note")
 
 
 def table(run: Iterable[Measurement]) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantbench as qb
-from quantbench.engines import difference, refusal
+from quantbench.engines import _nudged, _read, difference, refusal
 from quantbench.fuse import fused
 from quantbench.graph import Graph, capture
 
@@ -52,6 +52,16 @@ def test_the_model_is_as_it_was_after_fusing(tiny):
             assert [type(module) for module in lm.model.modules()] != before
             assert torch.allclose(lm.model(**lm.encode(qb.PROMPT)).logits, logits, atol=1e-5)
         assert [type(module) for module in lm.model.modules()] == before
+
+
+def test_a_nudge_moves_what_rounds_more_by_more_and_leaves_no_hook(tiny):
+    moved = {}
+    for setting in ("cpu-fp32", "cpu-bf16"):
+        with qb.load(tiny, setting) as lm:
+            ids = lm.encode("one two three four five six")["input_ids"]
+            moved[setting] = _nudged(lm, ids, 3, _read(lm, ids, 3))
+            assert torch.equal(_read(lm, ids, 3), _read(lm, ids, 3))
+    assert 0 <= moved["cpu-fp32"] < 1e-4 < moved["cpu-bf16"] < 0.5
 
 
 def test_a_wrong_token_is_told_from_a_near_tie(tiny_gpt2):

@@ -25,6 +25,13 @@ def test_the_published_columns_come_first_and_are_numbers():
     assert "random weights" in frame.index[0] and first["Audit"] == "48 × Linear4bit"
 
 
+def test_energy_has_its_column_only_where_it_was_read_for_long_enough():
+    watched = dataclasses.replace(ROW, energy_j=[128.0, 0.0, 256.0])
+    assert table([watched])["Energy (J/token)"].tolist() == [1.0] and "Energy (J/token)" in repr(show([watched]))
+    brief = dataclasses.replace(watched, latencies_s=[0.2, 0.2, 0.2])
+    assert brief.energy_per_token_j is None and "Energy" not in repr(show([brief, ROW]))
+
+
 def test_an_empty_run_has_the_columns():
     assert list(table([]).columns[:2]) == ["Setting", "Max New Tokens"]
 
