@@ -51,8 +51,8 @@ class Grid:
 
     @staticmethod
     def _html_row(row: Sequence[str], styles: list[str], faint: bool) -> str:
-        cells = "".join(f'<td style="{style}">{_HUMP.sub("<wbr>", html.escape(text))}</td>'
-                        for text, style in zip(row, styles))
+        cells = "".join(f'<td style="{style}{";white-space:nowrap" * (len(text) <= _WHOLE)}">'
+                        f'{_HUMP.sub("<wbr>", html.escape(text))}</td>' for text, style in zip(row, styles))
         return f'<tr style="opacity:.6">{cells}</tr>' if faint else f"<tr>{cells}</tr>"
 
     def markdown(self) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 from statistics import median
@@ -168,7 +169,8 @@ def test_a_quantised_model_whose_plain_head_takes_longest_is_not_bound_by_dequan
     top = [{"name": "aten::linear", "seconds": 11e-3, "calls": 1.0},
            {"name": "bitsandbytes::gemv_4bit", "seconds": 3e-3, "calls": 48.0}]
     trace = {"device_s": 15e-3, "kinds": {"products": 14e-3, "other": 1e-3}, "top": top}
-    row = dataclasses.replace(row, latencies_s=[0.016 * 127 + 0.01] * 3, first_token_s=[0.01] * 3, trace=trace)
+    row = dataclasses.replace(row, latencies_s=[0.016 * (row.max_new_tokens - 1) + 0.01] * 3,
+                              first_token_s=[0.01] * 3, trace=trace)
     assert qb.verdict(row).kind == "compute-bound"
     top[0]["name"], top[1]["name"] = top[1]["name"], top[0]["name"]
     assert qb.verdict(row).kind == "dequantisation-bound"
@@ -180,14 +182,15 @@ def test_a_large_batch_is_compute_bound():
     row = dataclasses.replace(row, batch_size=batch, audit=row.audit | {"kv_bytes_per_token": 0})
     seconds = 2 * batch * row.audit["step_products"] / row.limits["matrix_flops_per_s"]["float16"]
     trace = {"device_s": seconds * 1.1, "kinds": {"products": seconds * 1.05, "other": seconds * 0.05}}
-    row = dataclasses.replace(row, latencies_s=[seconds * 1.2 * 63 + 0.01] * 3, first_token_s=[0.01] * 3, trace=trace)
+    row = dataclasses.replace(row, latencies_s=[seconds * 1.2 * (row.max_new_tokens - 1) + 0.01] * 3,
+                              first_token_s=[0.01] * 3, trace=trace)
     assert qb.verdict(row).kind == "compute-bound"
 
 
 def test_the_evidence_names_kernels_waiting_and_what_cannot_help():
     said = {sentence.partition(": ")[0]: sentence for sentence in qb.explain(RECORDED)}
     text = said["GPT-2 (random weights), GPU INT8, 32 tokens"]
-    assert "the GPU waits 94%" in text and "launches 576 kernels a token where GPU FP16 launches 297" in text
+    assert re.search(r"the GPU waits 9\d%", text) and "launches 576 kernels a token where GPU FP16 launches 297" in text
     assert text.endswith("quantising cannot help until overhead goes away.")
     assert "needs 0.06 ms" in said["GPT-2 (random weights), GPU FP16, 32 tokens"]
 
