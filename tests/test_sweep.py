@@ -22,8 +22,9 @@ SHORT = {"repeats": 1, "progress": False}
 
 
 def children() -> list[psutil.Process]:
-    """The measuring processes: the fork server's children, not the server itself."""
-    found = [p for child in psutil.Process().children() for p in child.children(recursive=True)]
+    """The measuring processes: the fork server's children, not the server itself nor a compiler's workers."""
+    servers = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
+    found = [p for server in servers for p in server.children(recursive=True)]
     return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
 
 
