@@ -96,9 +96,13 @@ def test_a_step_that_sleeps_has_the_right_floor_and_mbu_and_is_overhead_bound(ti
 def test_a_step_that_reads_is_bandwidth_bound(tiny_gpt2):
     qb.limits("cpu")
     with qb.load(tiny_gpt2, "cpu-fp32") as lm:
-        ballast = torch.ones(2**27)
+        ballast, vector = torch.ones(2**14, 2**15), torch.ones(1, 2**15)  # 2 GiB, read as a decode step reads weights
         lm.model.transformer.register_buffer("ballast", ballast)
-        lm.model.transformer.register_forward_pre_hook(lambda *_: ballast.sum() and None)
+
+        def read(*_) -> None:
+            torch.nn.functional.linear(vector, ballast)
+
+        lm.model.transformer.register_forward_pre_hook(read)
         lm.audit = audit(lm.model)
         row = qb.generate(lm, max_new_tokens=10, repeats=3, trace=True, progress=False)
     assert row.step_mb > ballast.nbytes / 1e6
