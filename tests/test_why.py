@@ -35,7 +35,7 @@ def test_the_limits_are_those_of_a_plain_measurement_and_are_kept(tmp_path, monk
     assert time.perf_counter() - start < 20
     array = torch.ones(2**27)  # 512 MiB
     seconds = []
-    for _ in range(8):
+    while sum(seconds) < 3:  # as long as the limits look: other programs take a share of memory that changes
         start = time.perf_counter()
         array.sum()
         seconds.append(time.perf_counter() - start)
@@ -93,15 +93,20 @@ def test_a_step_that_sleeps_has_the_right_floor_and_mbu_and_is_overhead_bound(ti
 
 
 @pytest.mark.alone
-def test_a_step_that_reads_is_bandwidth_bound(tiny_gpt2):
-    qb.limits("cpu")
+def test_a_step_that_reads_is_bandwidth_bound(tiny_gpt2, rate):
+    ballast, vector = torch.ones(2**14, 2**14), torch.ones(1, 2**14)  # 1 GiB, read as a decode step reads weights
+    seconds = []
+
+    def read(*_) -> None:
+        start = time.perf_counter()
+        torch.nn.functional.linear(vector, ballast)
+        seconds.append(time.perf_counter() - start)
+
+    for _ in range(20):
+        read()
+    rate(ballast.nbytes / median(seconds))
     with qb.load(tiny_gpt2, "cpu-fp32") as lm:
-        ballast, vector = torch.ones(2**14, 2**15), torch.ones(1, 2**15)  # 2 GiB, read as a decode step reads weights
         lm.model.transformer.register_buffer("ballast", ballast)
-
-        def read(*_) -> None:
-            torch.nn.functional.linear(vector, ballast)
-
         lm.model.transformer.register_forward_pre_hook(read)
         lm.audit = audit(lm.model)
         row = qb.generate(lm, max_new_tokens=10, repeats=3, trace=True, progress=False)
