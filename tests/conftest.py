@@ -1,9 +1,10 @@
-"""Tiny real models (a GPT-2 with Conv1D, a Llama with Linear) and a cache folder of the tests' own."""
+"""Tiny real models (a GPT-2 with Conv1D, a Llama with Linear), a cache folder of the tests' own, and who measures."""
 
 import json
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 os.environ["QUANTBENCH_CACHE"] = os.environ.get("QUANTBENCH_TEST_CACHE", str(Path(__file__).parent.parent / "build/cache"))
@@ -41,3 +42,10 @@ def _folder(tmp_path_factory, name: str) -> str:
     folder = tmp_path_factory.mktemp(f"tiny-{name}-")
     (folder / "config.json").write_text(json.dumps(TINY[name]))
     return str(folder)
+
+
+def children() -> list[psutil.Process]:
+    """The measuring processes: the fork server's children, not the server itself nor a compiler's workers."""
+    servers = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
+    found = [p for server in servers for p in server.children(recursive=True)]
+    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]

@@ -6,21 +6,14 @@ import sys
 import time
 
 import ipywidgets
-import psutil
 import pytest
-from conftest import TINY
 
 import quantbench as qb
 from quantbench.loaders import why_not
 from quantbench.progress import Progress
+from tests.conftest import TINY, children
 
 PNG = b"\x89PNG"
-
-
-def children() -> list[psutil.Process]:
-    """The measuring processes: the fork server's children, not the server itself."""
-    found = [p for child in psutil.Process().children() for p in child.children(recursive=True)]
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
 
 
 def wait(until, seconds: float = 60.0) -> None:

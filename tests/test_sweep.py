@@ -16,16 +16,10 @@ import psutil
 import pytest
 
 import quantbench as qb
+from tests.conftest import children
 
 LONG = {"max_new_tokens": [50], "repeats": 400, "progress": False}  # minutes, unless something ends it
 SHORT = {"repeats": 1, "progress": False}
-
-
-def children() -> list[psutil.Process]:
-    """The measuring processes: the fork server's children, not the server itself nor a compiler's workers."""
-    servers = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
-    found = [p for server in servers for p in server.children(recursive=True)]
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
 
 
 def when_measuring(act, after_s: float = 1.0) -> threading.Thread:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import time
+import timeit
 from pathlib import Path
 from statistics import median
 
@@ -95,16 +96,11 @@ def test_a_step_that_sleeps_has_the_right_floor_and_mbu_and_is_overhead_bound(ti
 @pytest.mark.alone
 def test_a_step_that_reads_is_bandwidth_bound(tiny_gpt2, rate):
     ballast, vector = torch.ones(2**14, 2**14), torch.ones(1, 2**14)  # 1 GiB, read as a decode step reads weights
-    seconds = []
 
     def read(*_) -> None:
-        start = time.perf_counter()
         torch.nn.functional.linear(vector, ballast)
-        seconds.append(time.perf_counter() - start)
 
-    for _ in range(20):
-        read()
-    rate(ballast.nbytes / median(seconds))
+    rate(ballast.nbytes / median(timeit.repeat(read, number=1, repeat=20)))
     with qb.load(tiny_gpt2, "cpu-fp32") as lm:
         lm.model.transformer.register_buffer("ballast", ballast)
         lm.model.transformer.register_forward_pre_hook(read)
