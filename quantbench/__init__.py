@@ -1,43 +1,39 @@
 """quantbench: what CPU FP32, GPU FP16, INT8 and INT4 cost and buy a language model, on the machine in front of you.
 
-The public names are resolved on first use, so that `import quantbench` is instant and reading results needs no torch.
-"""
-
-from __future__ import annotations
+Public names are resolved on first use, so that `import quantbench` is instant and reading results needs no torch."""
 
 import importlib
-import sys
-import types
 
-_HOME = {
-    "settings": ("SETTINGS", "PUBLISHED", "Setting", "more_settings"),
-    "models": ("MODELS", "Model"),
-    "record": ("PROMPT", "Workload", "Measurement", "NewerSchema"),
-    "run": ("Run",),
+_HOME = {  # module -> its public names; none has the name of a module
+    "settings": ("SETTINGS", "EXPERIMENT", "MODELS", "PROMPT", "Setting", "Model", "Workload", "more_settings"),
+    "quantisers": ("QUANTISERS", "Quantiser"),
+    "records": ("Measurement",),
+    "results": ("Run", "NewerSchema"),
     "machine": ("facts", "versions"),
-    "loaders": ("load",),
-    "loaded": ("LoadedModel",),
-    "audit": ("AuditError",),
-    "limits": ("limits",),
-    "generate": ("generate",),
-    "quality": ("quality", "reference"),
-    "sweep": ("sweep",),
+    "loading": ("load", "LoadedModel"),
+    "inspection": ("AuditError",),
+    "timing": ("generate",),
     "tables": ("table", "show", "markdown", "machine_table"),
-    "published": ("published_table", "show_published"),
-    "charts": ("plot_throughput", "plot_lengths", "plot_latency", "plot_vram", "plot_floor"),
-    "explain": ("explain", "verdict", "why_table", "show_why"),
-    "scaling": ("crossovers", "plot_scaling"),
-    "findings": ("findings",),
-    "memory": ("memory_table", "show_memory", "plot_memory"),
-    "save": ("save",),
-    "report": ("report",),
-    "compare": ("compare", "compare_table", "plot_machines"),
-    "changes": ("changes",),
-    "sides": ("shipped",),
-    "quality_view": ("quality_table", "show_quality", "quality_findings"),
-    "pareto": ("plot_quality",),
-    "continuations": ("continuations",),
-    "panel": ("panel",),
+    "charts": ("plot_throughput", "plot_lengths", "plot_latency", "plot_vram"),
+    "conclusions": ("findings", "ratios"),
+    "saving": ("save",),
+    "sweeps.sweeping": ("sweep",),
+    "evaluation.passes": ("quality", "reference"),
+    "evaluation.scores": ("Quality",),
+    "evaluation.judging": ("quality_table", "show_quality", "quality_findings"),
+    "evaluation.pareto": ("plot_quality",),
+    "evaluation.writing": ("continuations",),
+    "why.floors": ("Limits",),
+    "why.ceilings": ("limits",),
+    "why.tracing": ("trace",),
+    "why.verdicts": ("explain", "verdict", "why_table", "show_why", "plot_floor"),
+    "why.growth": ("crossovers", "plot_scaling"),
+    "why.memory": ("memory_table", "show_memory", "plot_memory"),
+    "comparison.machines": ("compare", "compare_table", "plot_machines"),
+    "comparison.history": ("changes",),
+    "comparison.t4": ("reference_table", "show_reference", "shipped"),
+    "comparison.handing_on": ("report",),
+    "widgets.controls": ("panel",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
@@ -46,22 +42,8 @@ __all__ = sorted(_MODULE_OF)
 def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'quantbench' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"quantbench.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"quantbench.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(types.ModuleType):
-    """Keeps `quantbench.generate` the function: importing a submodule would put the module under its name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, types.ModuleType) and name in _MODULE_OF:
-            value = getattr(value, name, value)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

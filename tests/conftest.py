@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tqdm import tqdm
 
 os.environ["QUANTBENCH_CACHE"] = os.environ.get("QUANTBENCH_TEST_CACHE", str(Path(__file__).parent.parent / "build/cache"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,3 +50,21 @@ def children() -> list[psutil.Process]:
     servers = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
     found = [p for server in servers for p in server.children(recursive=True)]
     return [p for p in found if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def eldest() -> psutil.Process:
+    """The measuring process of a sweep's first setting."""
+    return min(children(), key=lambda child: child.create_time())
+
+
+class Bar(tqdm):
+    """A sweep's progress bar that calls `act`, once, when it is told something that ends in `words`."""
+
+    def __init__(self, words: str, act) -> None:
+        self.words, self.act = words, act
+        super().__init__(total=1, file=open(os.devnull, "w"))
+
+    def set_description(self, desc=None, refresh=True):
+        if desc and self.act and desc.endswith(self.words):
+            act, self.act = self.act, None
+            act()

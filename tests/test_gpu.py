@@ -1,14 +1,11 @@
 """What only a GPU can show: sizes in order, memory given back, a child that runs out of memory or is killed there."""
 
-import threading
-import time
-
-import psutil
 import pytest
 import torch
 
 import quantbench as qb
 from quantbench import machine
+from tests.conftest import Bar, eldest
 
 pytestmark = [pytest.mark.alone,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: nothing was shown")]
@@ -52,10 +49,10 @@ def test_fifty_rounds_of_alternating_settings_accumulate_nothing():
     assert torch.cuda.memory_allocated() - start <= 2**20
 
 
-def test_energy_lies_between_idle_and_the_limit(rows):
+def test_energy_lies_below_the_limit_and_above_any_idle_gpu(rows):
     for row, _, _ in rows.values():
         watts = sum(row.energy_j) / sum(row.latencies_s)
-        assert 0.8 * row.conditions["before"]["idle_w"] < watts < row.machine["gpu_power_limit_w"]
+        assert 30 < watts < row.machine["gpu_power_limit_w"]
 
 
 def test_a_child_without_memory_is_a_row_and_the_next_one_starts_at_zero():
@@ -71,15 +68,16 @@ def test_a_child_without_memory_is_a_row_and_the_next_one_starts_at_zero():
 
 
 def test_a_killed_child_is_a_row_and_the_next_one_starts_at_zero():
-    def kill() -> None:
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            for process in psutil.Process().children(recursive=True):
-                if process.cpu_percent(0.5) > 60 and process.cpu_times().user > 5:
-                    return process.kill()
+    bar = Bar(": round 2", lambda: eldest().kill())
+    rows = list(qb.sweep("distilgpt2", ["gpu-fp16", "gpu-int4"], 100, repeats=3, weights="random", progress=bar))
+    assert [(row.setting, row.status) for row in rows] == [("gpu-fp16", "crashed"), ("gpu-int4", "ok")]
+    assert "SIGKILL" in rows[0].reason and rows[1].held_before_bytes == 0 and len(rows[1].rounds) == 3
 
-    list(qb.sweep("distilgpt2", "gpu-fp16", 2, repeats=1, weights="random", progress=False))  # the server is up
-    threading.Thread(target=kill, daemon=True).start()
-    rows = list(qb.sweep("distilgpt2", ["gpu-fp16", "gpu-int4"], 900, repeats=3, weights="random", progress=False))
-    assert [row.status for row in rows] == ["crashed", "ok"] and "SIGKILL" in rows[0].reason
-    assert rows[1].held_before_bytes == 0
+
+def test_rounds_are_shared_and_memory_and_energy_are_those_of_one_model_alone(rows):
+    found = list(qb.sweep("distilgpt2", ["gpu-fp16", "gpu-int4"], 128, repeats=6, weights="random", progress=False))
+    assert found[0].rounds == found[1].rounds and len(found[0].rounds) == 6
+    for row in found:
+        alone = rows[row.setting][0]
+        assert row.vram_peak_bytes == pytest.approx(alone.vram_peak_bytes, rel=0.02)
+        assert row.weights_bytes == alone.weights_bytes and len(row.energy_j) == 6

@@ -1,9 +1,10 @@
 """Every notebook keeps the rules; notebook 01 runs whole with tiny parameters."""
 
 import ast
-import importlib.util
 import re
 import shutil
+import subprocess
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -11,12 +12,13 @@ import papermill
 import pytest
 
 import quantbench as qb
+from quantbench.charts import CHARTS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-spec = importlib.util.spec_from_file_location("address", ROOT / "docs" / "address.py")
-address = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(address)
+ADDRESSED = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml")] + NOTEBOOKS
+ADDRESS = re.search(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+SLUG = ADDRESS.removeprefix("https://github.com/")
 
 
 def code_cells(path: Path) -> list:
@@ -46,7 +48,8 @@ def test_it_asks_colab_for_a_t4(notebook):
 def test_the_badge_comes_first_and_points_at_this_notebook(notebook):
     first = nbformat.read(notebook, 4).cells[0]
     assert first.cell_type == "markdown"
-    assert f"]({address.badge(address.current(), notebook.name)})" in first.source
+    colab = f"https://colab.research.google.com/github/{SLUG}/blob/main/notebooks/{notebook.name}"
+    assert f"]({colab})" in first.source
 
 
 def test_setup_comes_first_and_the_same_in_every_notebook_and_installs_only_on_colab(notebook):
@@ -56,7 +59,7 @@ def test_setup_comes_first_and_the_same_in_every_notebook_and_installs_only_on_c
     installs = [line for line in setup.splitlines() if "%pip" in line]
     assert len(installs) == 1 and installs[0].startswith("    ")  # inside the `if`
     assert any(isinstance(node, ast.If) and "google.colab" in ast.unparse(node.test) for node in tree.body)
-    assert f'address = "{address.current()}"' in setup and f"v{version()}" in setup
+    assert f'address = "{ADDRESS}"' in setup and f"v{version()}" in setup
 
 
 def version() -> str:
@@ -92,7 +95,7 @@ def test_every_public_name_leads_somewhere_and_says_what_it_is(name):
 def test_notebook_03_runs_whole(tiny_gpt2, tiny_llama, tmp_path):
     rows = tmp_path / "out" / "rows.jsonl"
     parameters = {"model": tiny_gpt2, "sizes": [tiny_gpt2, tiny_llama], "batch_sizes": [1, 2], "max_new_tokens": 4,
-                  "settings": ["cpu-fp32", "gpu-int4", "cpu-int8"], "cell_budget_s": 0.1, "results": str(rows)}
+                  "settings": ["cpu-fp32", "gpu-int4", "cpu-int4"], "cell_budget_s": 0.1, "results": str(rows)}
     papermill.execute_notebook(ROOT / "notebooks" / "03_why.ipynb", tmp_path / "executed.ipynb", parameters,
                                cwd=ROOT / "notebooks", progress_bar=False)
     run = qb.Run.read(rows)
@@ -100,41 +103,50 @@ def test_notebook_03_runs_whole(tiny_gpt2, tiny_llama, tmp_path):
     assert done == {(1, "eager"), (2, "eager"), (1, "graph")}
     outputs = [output for cell in code_cells(tmp_path / "executed.ipynb") for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
-    assert {path.name for path in rows.parent.iterdir()} == {"rows.jsonl", "why.csv", "floor.png", "scaling.png"}
+    names = {path.name for path in rows.parent.iterdir() if not path.name.startswith(".")}
+    assert names == {"rows.jsonl", "why.csv", "floor.png", "scaling.png"}
 
 
-def test_notebook_01_runs_whole_and_a_second_time_resumes(tiny_gpt2, tmp_path):
+def test_notebook_01_runs_whole(tiny_gpt2, tmp_path):
     shutil.copy(NOTEBOOKS[0], tmp_path / "notebook.ipynb")
     rows = tmp_path / "out" / "rows.jsonl"
-    parameters = {"models": [tiny_gpt2], "max_new_tokens": [3, 5], "cell_budget_s": 0.1, "results": str(rows)}
-    for _ in range(2):
-        papermill.execute_notebook(tmp_path / "notebook.ipynb", tmp_path / "executed.ipynb", parameters,
-                                   cwd=ROOT / "notebooks", progress_bar=False)
-    run = qb.Run.read(rows)
-    assert {(row.setting, row.max_new_tokens) for row in run} == {
-        (setting, n) for setting in (*qb.PUBLISHED, *qb.more_settings(qb.facts())) for n in (3, 5)}
+    parameters = {"models": [tiny_gpt2], "max_new_tokens": [3, 5], "compare_tokens": 4, "cell_budget_s": 0.1,
+                  "results": str(rows)}
+    papermill.execute_notebook(tmp_path / "notebook.ipynb", tmp_path / "executed.ipynb", parameters,
+                               cwd=ROOT / "notebooks", progress_bar=False)
+    compared = [row for row in qb.Run.read(rows) if row.max_new_tokens == 4 and row.status == "ok"]
+    assert compared and all(len(row.rounds) >= 6 for row in compared)
+    run, every = qb.Run.read(rows), [*qb.EXPERIMENT, *qb.more_settings(qb.facts())]
+    assert Counter((row.setting, row.max_new_tokens) for row in run) == Counter(
+        [(setting, n) for setting in qb.EXPERIMENT for n in (3, 5)] + [(setting, 4) for setting in every])
     assert all(row.status in ("ok", "unavailable") for row in run)
     outputs = [output for cell in code_cells(tmp_path / "executed.ipynb") for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
     assert not any(output.output_type == "error" for output in outputs)
-    assert {path.suffix for path in rows.parent.iterdir()} == {".jsonl", ".csv", ".md", ".png"}
-    assert len(list(rows.parent.glob("*.png"))) == 4
+    said = "".join(output.data.get("text/markdown", "") for output in outputs if "data" in output)
+    assert "at 4 tokens" in said and "not compared" not in said
+    names = {path.name for path in rows.parent.iterdir() if not path.name.startswith(".")}
+    assert names == {"rows.jsonl", "table.csv", "table.md", *(f"{name}.png" for name in CHARTS)}
 
 
 def test_the_address_is_the_same_everywhere():
-    for path in address.followers():
+    for path in ADDRESSED:
         text = path.read_text()
-        assert address.current() in text or address.slug(address.current()) in text, path
+        assert SLUG in text, path
         for found in re.findall(r"github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?(?=[\s/\"')@&]|$)", text):
-            assert found == address.slug(address.current()), f"{path}: {found}"
+            assert found == SLUG, f"{path}: {found}"
 
 
-def test_moving_the_address_moves_it_everywhere(tmp_path, monkeypatch):
-    for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    monkeypatch.setattr(address, "ROOT", tmp_path)
-    old = address.current()
-    address.move("https://github.com/some-one/else.where")
-    for path in [tmp_path / "pyproject.toml", *address.followers()]:
-        assert address.slug(old) not in path.read_text() and "some-one/else.where" in path.read_text(), path
+def test_moving_the_address_moves_it_everywhere(tmp_path):
+    for path in [ROOT / "Makefile", *ADDRESSED]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+
+    def move(url: str) -> int:
+        return subprocess.run(["make", "-s", "address", f"URL={url}"], cwd=tmp_path, capture_output=True).returncode
+
+    assert move("https://example.com/a/b") and move("") and SLUG in (tmp_path / "README.md").read_text()
+    assert move("https://github.com/some-one/else.where") == 0
+    for path in ADDRESSED:
+        text = (tmp_path / path.relative_to(ROOT)).read_text()
+        assert SLUG not in text and "some-one/else.where" in text, path

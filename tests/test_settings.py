@@ -1,8 +1,15 @@
-"""The 13 settings, and what a machine with given facts can run."""
+"""The settings and their quantisers, what a machine with given facts can run, and a workload that cannot."""
 
+import importlib.util
+import math
+import subprocess
+import sys
+
+import numpy
 import pytest
 
-from quantbench.settings import PUBLISHED, SETTINGS, find_setting, more_settings, unavailable_reason
+from quantbench.quantisers import QUANTISERS, find_quantiser, why_not
+from quantbench.settings import EXPERIMENT, SETTINGS, Workload, find_setting, more_settings
 
 T4 = {"gpu": "Tesla T4", "gpu_capability": [7, 5], "dynamic_int8": True}
 A100 = T4 | {"gpu": "A100", "gpu_capability": [8, 0]}
@@ -14,34 +21,34 @@ def test_the_keys_are_fixed_and_the_published_come_first():
     assert list(SETTINGS) == [
         "cpu-fp32", "gpu-fp16", "gpu-int8", "gpu-int4", "gpu-fp32", "gpu-bf16", "gpu-int8-nosplit", "gpu-int4-dq",
         "gpu-int4-fp4", "cpu-bf16", "cpu-int8", "cpu-int4", "cpu-int8-dynamic"]
-    assert PUBLISHED == ("cpu-fp32", "gpu-fp16", "gpu-int8", "gpu-int4")
+    assert EXPERIMENT == ("cpu-fp32", "gpu-fp16", "gpu-int8", "gpu-int4")
 
 
 def test_a_t4_gets_float16_everywhere_and_no_bfloat16():
-    assert [row.key for row in GPU if unavailable_reason(row, T4)] == ["gpu-bf16"]
-    assert "7.5 only emulates bfloat16" in unavailable_reason(SETTINGS["gpu-bf16"], T4)
-    assert {row.dtype for row in GPU if not unavailable_reason(row, T4)} == {"float16", "float32"}
+    assert [row.key for row in GPU if why_not(row, T4)] == ["gpu-bf16"]
+    assert "7.5 only emulates bfloat16" in why_not(SETTINGS["gpu-bf16"], T4)
+    assert {row.dtype for row in GPU if not why_not(row, T4)} == {"float16", "float32"}
     assert [row.key for row in GPU if row.dtype == "float32"] == ["gpu-fp32"]
 
 
 def test_capability_8_runs_everything():
-    assert not any(unavailable_reason(row, A100) for row in SETTINGS.values())
+    assert not any(why_not(row, A100) for row in SETTINGS.values())
 
 
 def test_without_a_gpu_the_cpu_settings_remain():
-    assert {key for key, row in SETTINGS.items() if not unavailable_reason(row, NO_GPU)} == {
-        "cpu-fp32", *more_settings(NO_GPU)}
+    assert {key for key, row in SETTINGS.items() if not why_not(row, NO_GPU)} == {"cpu-fp32", *more_settings(NO_GPU)}
     assert more_settings(T4) == ()
 
 
-def test_without_bitsandbytes_its_settings_say_how_to_get_it():
-    reasons = {key: unavailable_reason(row, T4, bitsandbytes=False) for key, row in SETTINGS.items()}
+def test_without_bitsandbytes_its_settings_say_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reasons = {key: why_not(row, T4) for key, row in SETTINGS.items()}
     assert {key for key, reason in reasons.items() if reason and "pip install bitsandbytes" in reason} == {
         key for key, row in SETTINGS.items() if row.quantisation.startswith("bnb-")}
 
 
 def test_without_a_quantised_engine_dynamic_int8_is_unavailable():
-    assert "no quantised engine" in unavailable_reason(SETTINGS["cpu-int8-dynamic"], {"dynamic_int8": False})
+    assert "no quantised engine" in why_not(SETTINGS["cpu-int8-dynamic"], {"dynamic_int8": False})
 
 
 @pytest.mark.parametrize("gpu, cpu", [("gpu-int8", "cpu-int8"), ("gpu-int4", "cpu-int4"), ("gpu-fp32", "cpu-fp32")])
@@ -49,12 +56,39 @@ def test_twins_store_the_same_bytes(gpu, cpu):
     assert SETTINGS[gpu].storage == SETTINGS[cpu].storage
 
 
-def test_an_unknown_setting_names_the_nearest():
+def test_every_setting_has_a_quantiser_and_a_family_of_colours_without_torch():
+    assert {row.quantisation for row in SETTINGS.values()} == set(QUANTISERS)
+    code = ("import sys; from quantbench.quantisers import QUANTISERS; from quantbench.settings import SETTINGS\n"
+            "print(*sorted({QUANTISERS[row.quantisation].family(row) for row in SETTINGS.values()}))\n"
+            "assert 'torch' not in sys.modules")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["16", "fp32", "int4", "int8"]
+
+
+def test_an_unknown_name_names_the_nearest():
     with pytest.raises(ValueError, match="unknown setting 'gpu-int-4'; did you mean .*'gpu-int4'"):
         find_setting("gpu-int-4")
+    with pytest.raises(ValueError, match="unknown quantiser 'bnb-nf5'; did you mean 'bnb-nf4'"):
+        find_quantiser("bnb-nf5")
 
 
 def test_the_settings_show_themselves_as_a_table_and_as_lines():
     page, text = SETTINGS._repr_html_(), repr(SETTINGS)
     assert page.count("<tr>") == len(SETTINGS) + 1 and len(text.splitlines()) == len(SETTINGS)
     assert all(key in page and key in text for key in SETTINGS)
+
+
+@pytest.mark.parametrize("bad, message", [
+    ({"prompt": " "}, "prompt is empty"), ({"max_new_tokens": 0}, "at least 1"), ({"batch_size": True}, "batch_size"),
+    ({"repeats": 0}, "repeats"), ({"budget_s": -1}, "budget_s"), ({"max_new_tokens": "9"}, "whole number"),
+    ({"prompt": None}, "at least one word"), ({"batch_size": 1.0}, "batch_size must be a whole number .* not 1.0"),
+    ({"max_new_tokens": None}, "max_new_tokens"), ({"budget_s": "30"}, "above 0 seconds, not '30'"),
+    ({"budget_s": math.nan}, "not nan"), ({"budget_s": None}, "not None"), ({"budget_s": True}, "not True")])
+def test_a_workload_that_cannot_run_is_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        Workload(**bad)
+
+
+def test_numpys_integers_are_whole_numbers():
+    work = Workload(max_new_tokens=numpy.int64(5), batch_size=numpy.int32(2))
+    assert (work.max_new_tokens, work.batch_size) == (5, 2) and type(work.max_new_tokens) is int

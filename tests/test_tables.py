@@ -1,67 +1,71 @@
-"""The published columns first, numbers stay numbers, what could not run keeps its row."""
+"""The published columns first, numbers stay numbers, what could not run keeps its row, nothing of a row is markup."""
 
 import dataclasses
 import math
 
-import pytest
+import pandas as pd
 
-from quantbench.published import published_table, show_published
-from quantbench.record import Measurement
-from quantbench.tables import machine_table, markdown, show, table
+from quantbench.records import Measurement
+from quantbench.tables import Table, Tables, machine_table, markdown, show, table
 
-ROW = Measurement(model="gpt2", setting="gpu-int4", max_new_tokens=128, new_tokens=128, latencies_s=[2.0, 2.0, 2.0],
+ROW = Measurement(model="gpt2", setting="gpu-int4", max_new_tokens=128, new_tokens=128, latencies_s=[2.0] * 6,
                   first_token_s=[0.1], weights="random", weights_bytes=127_000_000, vram_peak_bytes=167_000_000,
-                  machine={"cpu": "C", "gpu": "G"}, audit={"quantised": 48, "class": "Linear4bit"})
-ABSENT = Measurement(model="gpt2", setting="gpu-bf16", max_new_tokens=128, status="unavailable", reason="a <T4> | no",
-                     machine={"cpu": "C", "gpu": "G"})
+                  load_s=4.0, machine={"cpu": "C", "gpu": "G"}, audit={"quantised": 48, "class": "Linear4bit"})
+FEW = dataclasses.replace(ROW, setting="gpu-fp16", latencies_s=[2.0, 1.0, 4.0], audit=None)
+ABSENT = Measurement(model="gpt2", setting="gpu-bf16", max_new_tokens=128, status="unavailable",
+                     reason="a <T4> | no\n" * 40, machine={"cpu": "C", "gpu": "G"})
 
 
 def test_the_published_columns_come_first_and_are_numbers():
     frame = table([ABSENT, ROW])
     assert list(frame.columns[:5]) == ["Setting", "Max New Tokens", "Latency (s)", "Tokens/sec", "VRAM (GB)"]
     first = frame.iloc[0]
-    assert (first["Setting"], first["Tokens/sec"], first["VRAM (GB)"]) == ("GPU INT4", 64.0, 0.167)
+    assert first[["Setting", "Tokens/sec", "VRAM (GB)", "Once (s)"]].tolist() == ["GPU INT4", 64.0, 0.167, 4.0]
     assert math.isnan(frame.iloc[1]["Latency (s)"]) and frame.iloc[1]["Status"].startswith("unavailable: a <T4>")
-    assert "random weights" in frame.index[0] and first["Audit"] == "48 × Linear4bit"
-
-
-def test_energy_has_its_column_only_where_it_was_read_for_long_enough():
-    watched = dataclasses.replace(ROW, energy_j=[128.0, 0.0, 256.0])
-    assert table([watched])["Energy (J/token)"].tolist() == [1.0] and "Energy (J/token)" in repr(show([watched]))
-    brief = dataclasses.replace(watched, latencies_s=[0.2, 0.2, 0.2])
-    assert brief.energy_per_token_j is None and "Energy" not in repr(show([brief, ROW]))
-
-
-def test_an_empty_run_has_the_columns():
+    assert frame.index[0] == "GPT-2" and first["Weights"] == "random" and first["Audit"] == "48 × Linear4bit"
     assert list(table([]).columns[:2]) == ["Setting", "Max New Tokens"]
 
 
-def test_what_it_shows_is_escaped():
-    hostile = dataclasses.replace(ROW, model="<script>|x|")
+def test_an_interval_needs_six_samples_and_fewer_are_looks():
+    assert table([ROW])["Tokens/sec 95%"].tolist() == ["64.0–64.0"]
+    frame = table([ROW, FEW])
+    assert frame["Tokens/sec 95%"].tolist() == ["32.0–128.0 (3 looks)", "64.0–64.0"]
+    assert "fewer than 6 samples" in repr(show([FEW])) and "fewer than" not in repr(show([ROW]))
+
+
+def test_columns_with_nothing_in_them_are_not_shown():
+    header = repr(show([ROW])).splitlines()[1]
+    assert "VRAM (GB)" in header and not any(name in header for name in ("RAM peak", "Energy", "Workload", "Note"))
+    assert "batch 4" in repr(show([dataclasses.replace(ROW, batch_size=4)]))
+    watched = dataclasses.replace(ROW, energy_j=[128.0] * 6)
+    assert table([watched])["Energy (J/token)"].tolist() == [1.0] and "Energy (J/token)" in repr(show([watched]))
+
+
+def test_one_table_per_model_and_machine():
+    shown = show([ROW, dataclasses.replace(ROW, model="distilgpt2", weights="bundled"), ABSENT])
+    assert [one.caption[:2] for one in shown] == [
+        ["GPT-2", "random weights: speed and memory are real, text is not"], ["DistilGPT-2", "bundled weights"]]
+    assert "–" in repr(shown) and max(map(len, repr(shown).splitlines())) < 200  # the reason is cut
+    assert len(show([ROW, dataclasses.replace(ROW, machine={"cpu": "D"})])) == 2
+    assert table([ROW, dataclasses.replace(ROW, machine={"cpu": "D"})])["Machine"].tolist() == ["G · C", "D"]
+    assert repr(show([])) == "nothing measured yet" and "nothing measured yet" in show([])._repr_html_()
+
+
+def test_what_it_shows_is_escaped_and_no_formula():
+    hostile = dataclasses.replace(ROW, model="<script>|x|$a$", audit={"quantised": 1, "class": "$b$<i>"})
     html = show([hostile, ABSENT])._repr_html_()
-    assert "<script>" not in html and "&lt;T4&gt;" in html
+    assert not any(bad in html for bad in ("<script>", "<i>", "$", "<T4>")) and "&lt;T4&gt;" in html
+    assert 'class="tex2jax_ignore"' in html
     text = markdown([hostile, ABSENT])
-    assert "<script>" not in text and "| no" not in text.replace("\\| no", "")
+    assert not any(bad in text for bad in ("<script>", "<i>", "$", "|x|"))
 
 
-def test_one_table_per_model_and_dashes_for_nothing():
-    shown = show([ROW, dataclasses.replace(ROW, model="distilgpt2"), ABSENT])
-    assert len(shown) == 2 and "–" in repr(shown)
-
-
-def test_the_published_table_is_corrected_by_inference():
-    frame = published_table()
-    corrected = sorted(set(frame["New tokens (inferred)"]))
-    assert len(frame) == 16 and corrected == [64, 128, 256]
-    gpt2 = frame[(frame["Setting"] == "CPU FP32") & (frame["Latency (s)"] == 11.896)].iloc[0]
-    assert gpt2["Tokens/sec (corrected)"] == pytest.approx(128 / 11.896)
-    assert "inference" in repr(show_published([ROW])).lower()
-
-
-def test_the_users_own_row_stands_beside_it():
-    frame = published_table([ROW])
-    mine = frame[(frame["Setting"] == "GPU INT4") & (frame["Latency (s)"] == 1.910)].iloc[0]
-    assert mine["Tokens/sec (here)"] == 64.0 and mine["Weights (GB), model alone"] == 0.127
+def test_a_table_of_any_frame():
+    frame = pd.DataFrame({"<b>": ["\x1b[31mred", None], "KL": [0.12345, float("nan")], "KL 95%": ["0.1–0.2", "–"]})
+    shown = Tables([Table(frame, ["Title", "more"], "a <note>", {"KL": 3, "KL 95%": 0})])
+    html = shown._repr_html_()
+    assert "0.123" in html and "&lt;b&gt;" in html and "&lt;note&gt;" in html and "\x1b" not in html + repr(shown)
+    assert shown.markdown().splitlines()[3] == "| --- | ---: | ---: |"
 
 
 def test_the_machine_in_words():

@@ -24,7 +24,7 @@ HEADLESS = "papermill==2.7.0"  # what it takes to run a notebook without Colab's
 MODEL = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 1024, "vocab_size": 500,
          "bos_token_id": 0, "eos_token_id": 0}
 TINY = {"models": [str(BUILD / "tiny-gpt2")], "sizes": [str(BUILD / "tiny-gpt2"), str(BUILD / "trained-gpt2")],
-        "max_new_tokens": [3, 5], "batch_sizes": [1, 2], "cell_budget_s": 0.1, "tokens": 300}
+        "max_new_tokens": [3, 5], "compare_tokens": 4, "batch_sizes": [1, 2], "cell_budget_s": 0.1, "tokens": 300}
 # Colab's kernel has google.colab from the start: so the setup cell knows where it is, and so does accelerate.
 STARTUP = "import google.colab\n"
 
@@ -124,7 +124,7 @@ def check(base: dict) -> list[str]:
 
 def installed() -> None:
     """The package as installed, not the working copy beside the notebooks, finds what it ships."""
-    code = ("import quantbench as qb; qb.published_table(); assert 'site-packages' in qb.__file__, qb.__file__; "
+    code = ("import quantbench as qb; qb.reference_table(); assert 'site-packages' in qb.__file__, qb.__file__; "
             "import sys; assert 'torch' not in sys.modules")
     command(BIN / "python", "-I", "-c", code, cwd=BUILD)
 

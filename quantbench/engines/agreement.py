@@ -1,0 +1,67 @@
+"""Two engines round differently: is an engine's text one that the eager model could have written?"""
+
+from __future__ import annotations
+
+import torch
+
+from quantbench.decode import stepwise_logits
+from quantbench.loading import LoadedModel
+from quantbench.quantisers import find_quantiser
+
+
+def difference(lm: LoadedModel, ours: torch.Tensor, eager: torch.Tensor, prompt_tokens: int) -> tuple[str | None, bool]:
+    """Where an engine's ids [batch, prompt + new] leave eager's, in words (None: nowhere), and whether that is wrong.
+
+    A near-tie may fall either way, and every token after it is then another text's. So the engine's own text is read
+    by the eager model: each token it chose must be the best there, or short of the best by no more than rounding
+    explains: 4 of the steps in which a quantiser rounds the largest logit, or what `_nudged` says of this model.
+    """
+    if torch.equal(ours, eager):
+        return None, False
+    logits = _read(lm, ours, prompt_tokens)
+    best, chosen = logits.max(-1).values, logits.gather(-1, ours[:, prompt_tokens:, None])[..., 0]
+    margin = (best - chosen).max().item()
+    step = find_quantiser(lm.setting.quantisation).rounding or torch.finfo(lm.model.dtype).eps
+    rounding = 4 * step * logits[logits.isfinite()].abs().max().item()
+    if margin > rounding:
+        rounding = max(rounding, _nudged(lm, ours, prompt_tokens, logits))
+    first = int((ours != eager).any(0).nonzero()[0]) - prompt_tokens + 1
+    return (f"differs from eager from token {first} on; no token is short of eager's best by more than {margin:.3g} "
+            f"(rounding explains {rounding:.3g})"), not margin <= rounding
+
+
+@torch.no_grad()
+def _read(lm: LoadedModel, ids: torch.Tensor, prompt_tokens: int) -> torch.Tensor:
+    """The eager model's logits [batch, new, vocabulary] of every new token of `ids`, as greedy generation sees them."""
+    if find_quantiser(lm.setting.quantisation).stepwise:
+        logits = stepwise_logits(lm.model, ids, ids.shape[1] - prompt_tokens).float()
+    else:
+        logits = lm.model(input_ids=ids[:, :-1]).logits[:, prompt_tokens - 1:].float()
+    if (stop := stop_tokens(lm, logits.device)) is not None:
+        logits[..., stop] = -torch.inf
+    return logits
+
+
+def stop_tokens(lm: LoadedModel, device: torch.device) -> torch.Tensor | None:
+    """The ids [n] that end a text and are in the vocabulary: generation of exactly n tokens never chooses them."""
+    found, size = lm.model.generation_config.eos_token_id, lm.model.config.get_text_config().vocab_size
+    ids = [one for one in (found if isinstance(found, list) else [found]) if one is not None and 0 <= one < size]
+    return torch.tensor(ids, device=device) if ids else None
+
+
+def _nudged(lm: LoadedModel, ids: torch.Tensor, prompt_tokens: int, logits: torch.Tensor) -> float:
+    """How far two logits can part when every embedding moves by one unit in its last place, up and down in turn.
+
+    A deep model that rounds its activations to 8 bits carries one rounding that flips through all its layers.
+    """
+
+    def nudge(module: torch.nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
+        turns = 1 - 2 * (torch.arange(embedded.shape[-1], device=embedded.device) % 2)
+        return embedded * (1 + torch.finfo(embedded.dtype).eps * turns).to(embedded.dtype)
+
+    hook = lm.model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        moved = (_read(lm, ids, prompt_tokens) - logits).abs()
+    finally:
+        hook.remove()
+    return 2 * moved[moved.isfinite()].max().item()

@@ -1,0 +1,176 @@
+"""A greedy decode step captured once and replayed: no Python between two tokens, so precision is what is measured."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from quantbench import machine
+from quantbench.inspection import quiet
+from quantbench.decode import Eager
+from quantbench.engines.agreement import difference, stop_tokens
+from quantbench.loading import LoadedModel
+from quantbench.quantisers import find_quantiser
+from quantbench.weights import cache_folder
+
+TURING_OPT_IN = "QUANTBENCH_COMPILE_ON_TURING"
+
+
+class Graph:
+    """Prefill and one decode step with its argmax, each captured once and replayed; the KV cache is static.
+
+    Captured is what transformers computes, as it is: on a GPU a CUDA graph, on a CPU a TorchScript trace. Between two
+    tokens the host does nothing but start one replay.
+    """
+
+    @staticmethod
+    def why_not(lm: LoadedModel) -> str | None:
+        if not getattr(lm.model, "_can_compile_fullgraph", False):
+            return f"transformers has no static cache for {type(lm.model).__name__}"
+        return find_quantiser(lm.setting.quantisation).not_captured(lm.setting)
+
+    def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int) -> None:
+        self.lm, self.inputs, self.prompt = lm, inputs, inputs["input_ids"]
+        batch, self.start = self.prompt.shape
+        device, room = self.prompt.device, tokens + 3  # capturing runs the step a few times, past what is asked for
+        self.stop = stop_tokens(lm, device)
+        self.cache = StaticCache(config=lm.model.config, max_cache_len=-(-(self.start + room) // 64) * 64)
+        self.position, self.slot = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.new = torch.zeros(batch, room, dtype=torch.long, device=device)
+        self.writing = SimpleNamespace(at=torch.arange(self.start, device=device))
+        self.model = self._model()
+        with torch.no_grad():
+            self._prefill()  # the cache takes its shape from the first keys
+            _share_position(self.cache, self.position, self.writing)
+            self.prefill, self.step = self._capture(self._prefill), self._capture(self._step)
+
+    def _model(self) -> Callable:
+        """What computes a decode step."""
+        return self.lm.model
+
+    def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return cuda_graph(work) if self.prompt.is_cuda else traced(self, work)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that a step writes to."""
+        return (self.token, self.position, self.slot, self.new,
+                *(tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)))
+
+    @tensors.setter
+    def tensors(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self.token, self.position, self.slot, self.new, *cached = tensors
+        for layer, keys, values in zip(self.cache.layers, cached[::2], cached[1::2]):
+            layer.keys, layer.values, layer.cumulative_length = keys, values, self.position
+
+    def __call__(self, new: int) -> torch.Tensor:
+        self.prefill()
+        for _ in range(new - 1):
+            self.step()
+        return torch.cat([self.prompt, self.new[:, :new]], dim=1)
+
+    def differs(self, output: torch.Tensor) -> tuple[str | None, bool]:
+        new = output.shape[1] - self.start
+        return difference(self.lm, output, Eager(self.lm, self.inputs, new)(new), self.start)
+
+    def _prefill(self) -> None:
+        self.slot.zero_()
+        self.cache.reset()
+        self.position.zero_()
+        self.writing.at = first = torch.arange(self.start, device=self.prompt.device)
+        logits = self.lm.model(input_ids=self.prompt, position_ids=first[None], past_key_values=self.cache,
+                               use_cache=True, logits_to_keep=1).logits
+        self.position.fill_(self.start)
+        self._choose(logits[:, -1])
+
+    def _step(self) -> None:
+        self.writing.at = self.position
+        logits = self.model(input_ids=self.token, position_ids=self.position[None], past_key_values=self.cache,
+                            use_cache=True).logits
+        self.position.add_(1)
+        self._choose(logits[:, -1])
+
+    def _choose(self, logits: torch.Tensor) -> None:
+        if self.stop is not None:  # as min_new_tokens does
+            logits = logits.index_fill(1, self.stop, -torch.inf)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self.new.index_copy_(1, self.slot, self.token)
+        self.slot.add_(1)
+
+
+class Compiled(Graph):
+    """The same step compiled by torch's inductor, which joins small kernels, and then captured."""
+
+    @staticmethod
+    def why_not(lm: LoadedModel) -> str | None:
+        if lm.device != "cuda":
+            return "the compile engine needs an NVIDIA GPU"
+        if machine.facts()["gpu_capability"] < [8, 0] and not os.environ.get(TURING_OPT_IN):
+            return f"Triton does not support compute capability 7.5; {TURING_OPT_IN}=1 tries all the same"
+        return Graph.why_not(lm)
+
+    def _model(self) -> Callable:
+        # what is compiled is kept: the next process pays little
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+        torch._dynamo.reset()  # what was compiled for another cell counts against a limit
+        return torch.compile(self.lm.model, fullgraph=True, dynamic=False)
+
+
+def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as a CUDA graph: every kernel of it is launched by one call. It must not wait for the host."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # libraries choose kernels and take workspaces before the capture, not in it
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+class _Traceable(nn.Module):
+    """A step as a function of everything that it writes to: a trace drops writes to tensors that it was not given."""
+
+    def __init__(self, graph: Graph, work: Callable[[], None]) -> None:
+        super().__init__()
+        self.model, self.graph, self.work = graph.lm.model, graph, work
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        self.graph.tensors = tensors
+        self.work()
+        return self.graph.token
+
+
+def traced(graph: Graph, work: Callable[[], None]) -> Callable[[], None]:
+    """`work` as a TorchScript trace: torch runs its operators one after the other without Python."""
+    tensors = graph.tensors
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")  # of values that the trace takes as constant: the text is held against eager's
+        script = torch.jit.trace(_Traceable(graph, work), tensors, check_trace=False)
+    graph.tensors = tensors
+
+    @torch.no_grad()
+    def replay() -> None:
+        script(*tensors)
+
+    for _ in range(2):  # the first calls profile and optimise
+        replay()
+    return replay
+
+
+def _share_position(cache: StaticCache, position: torch.Tensor, writing: SimpleNamespace) -> None:
+    """Let every full-attention layer write at one shared position, instead of counting with 3 kernels of its own."""
+    for layer in cache.layers:
+        if type(layer).__name__ == "StaticLayer":
+            layer.cumulative_length = position
+            layer.update = lambda keys, values, *_, layer=layer, **__: (
+                layer.keys.index_copy_(2, writing.at, keys), layer.values.index_copy_(2, writing.at, values))

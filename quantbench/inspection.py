@@ -1,0 +1,208 @@
+"""What a model is under a setting: proved on a loaded one, estimated from shapes before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from quantbench.quantisers import ITEMSIZE, QUANTISERS, find_quantiser, name_of
+from quantbench.settings import Setting
+from quantbench.wording import listed
+
+LOOK = 4  # tokens that a model on the meta device reads, to see what its cache holds of each
+
+
+class AuditError(RuntimeError):
+    """A model that is not what its setting says: its numbers would be another setting's numbers."""
+
+
+def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
+    """What is quantised and what is not, as plain JSON (`shapes.Audit`).
+
+    `quantised` modules of `class` hold `quantised_bytes` as `details` say; `left` counts Linear layers that are still
+    unquantised, the output head apart, `kept` every other module with a matrix that no way quantises (convolutions,
+    experts in one tensor, routers); `bytes` is the size of every distinct tensor by dtype, quantisation state included,
+    which `get_memory_footprint` misses. `embedding_bytes` is what embeddings and an unquantised head hold of it;
+    `step_bytes` what one decode step of one sequence must read: all but tables of which it reads a row, and of experts
+    those that a token uses; `step_products` how many weights it multiplies by. To be called right after load:
+    bitsandbytes repacks weights in its first forward.
+    """
+    owners, classes, left, kept, total, sizes, details = _looked_through(model)
+    told = details[0] if details else {}
+    return {
+        "quantiser": ", ".join(sorted(owners)) or "none", "quantised": owners.total(),
+        "class": ", ".join(sorted(classes)) or None, "quantised_bytes": sizes["quantised"],
+        "embedding_bytes": sizes["embedding"], "step_bytes": total.total() - sizes["unread"],
+        "step_products": sizes["products"], "kv_bytes_per_token": kv_bytes_per_token, "left": dict(left),
+        "kept": dict(kept), "storage_dtype": told.get("storage_dtype", name_of(model.dtype)),
+        "compute_dtype": told.get("compute_dtype", name_of(model.dtype)), "bytes": dict(total),
+        "details": told if len(details) < 2 else {"mixed": str(details)[:500]},
+    }
+
+
+def _looked_through(model: nn.Module) -> tuple:
+    """Of all modules: quantised ones by way and by class, left and kept ones by class; bytes by dtype and by use; and
+    the different details of the quantised ones."""
+    head, share = model.get_output_embeddings(), _experts_used(model.config)
+    owners, classes, left, kept, total, sizes = (Counter() for _ in range(6))
+    seen, details = set(), []
+    for module in model.modules():
+        owner = next((key for key, way in QUANTISERS.items() if way.owns(module)), None)
+        tensors = [one for one in _tensors(module, owner) if _new(one, seen)]
+        size = sum(one.nbytes for one in tensors)
+        for one in tensors:
+            total[name_of(one.dtype)] += one.nbytes
+        sizes["products"] += _products(module, share)
+        sizes["unread"] += sum(int(one.nbytes * (1 - share)) for one in tensors if _is_experts(module, one))
+        if owner is not None:
+            owners[owner] += 1
+            classes[module._get_name()] += 1
+            sizes["quantised"] += size
+            details += [found for found in [QUANTISERS[owner].details(module)] if found not in details]
+        elif module is head or isinstance(module, nn.Embedding):
+            sizes["embedding"] += size
+            sizes["unread"] += 0 if module is head or module.weight is getattr(head, "weight", None) else size
+        elif _is_linear(module):
+            left[module._get_name()] += 1
+        elif any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
+            kept[module._get_name()] += 1
+    return owners, classes, left, kept, total, sizes, details
+
+
+def check(found: dict, setting: Setting) -> None:
+    """Raise AuditError unless the audit `found` is what `setting` promises."""
+    expected, left = setting.quantisation, listed([f"{n} {kind}" for kind, n in found["left"].items()] or ["none"])
+    if expected == "none":
+        if found["quantised"]:
+            raise AuditError(f"{setting.label}: {found['quantised']} modules are quantised ({found['class']}); the "
+                             "checkpoint itself is quantised, and would not be what this setting says")
+        return
+    if not found["quantised"]:
+        raise AuditError(f"{setting.label}: no module was quantised (left as they were: {left})")
+    if found["quantiser"] != expected:
+        raise AuditError(f"{setting.label}: modules are quantised as {found['quantiser']}, not as {expected}")
+    if found["left"]:
+        raise AuditError(f"{setting.label}: {found['quantised']} modules were quantised, but {left} were left")
+    for name, value in find_quantiser(expected).promise(setting).items():
+        if (is_now := found["details"].get(name)) != value:
+            raise AuditError(f"{setting.label}: {name} is {is_now!r} in the model, and {value!r} in the setting")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar per weight file, no advice: the notebook shows one line per load."""
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def on_meta(config: PretrainedConfig) -> nn.Module:
+    """The model as shapes alone. bfloat16: torch's grouped product of experts takes no other on the meta device."""
+    with torch.device("meta"), quiet():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def weights_estimate(model: nn.Module, setting: Setting) -> int:
+    """Bytes that `model`, a module on the meta device, will hold under `setting`, quantisation state included: every
+    Linear quantised but the output head, as the audit demands; where the head is quantised too, what it was tied to
+    stays."""
+    way, head, size, seen = find_quantiser(setting.quantisation), model.get_output_embeddings(), 0, set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if _is_linear(module) and parameter.dim() == 2 and (module is not head or way.takes_head):
+                outputs = parameter.shape[1 if isinstance(module, Conv1D) else 0]
+                size += way.matrix_bytes(parameter.numel(), outputs, setting)
+            elif id(parameter) not in seen:
+                seen.add(id(parameter))
+                size += parameter.numel() * ITEMSIZE[setting.dtype]
+    return size
+
+
+@torch.no_grad()
+def cache_bytes_per_token(model: nn.Module, itemsize: int) -> int:
+    """Bytes that one token of one sequence adds to transformers' own cache, asked of a model on the meta device, which
+    computes shapes only: multi-query, latent and hybrid attention count what they hold."""
+    held = []
+    for tokens in (LOOK, 2 * LOOK):
+        out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)
+        held.append(sum(one.numel() for one in set(_cached(out.get("past_key_values"))) if one.dim() > 1))
+    return (held[1] - held[0]) // LOOK * itemsize
+
+
+def need_memory(needed: int, free: int, what: str) -> None:
+    """Raise MemoryError, with both figures, if `needed` bytes are more than are `free`."""
+    if needed > free:
+        raise MemoryError(f"{what} would need about {needed:,} bytes, and {free:,} are free: not tried")
+
+
+def _cached(found: object, depth: int = 0) -> Iterator[torch.Tensor]:
+    """Every tensor inside a cache."""
+    if isinstance(found, torch.Tensor):
+        yield found
+    elif depth < 6:
+        inside = found.values() if isinstance(found, dict) else found if isinstance(found, (list, tuple)) else \
+            vars(found).values() if hasattr(found, "__dict__") else ()
+        for one in inside:
+            yield from _cached(one, depth + 1)
+
+
+def _tensors(module: nn.Module, owner: str | None) -> Iterator[torch.Tensor]:
+    """A module's own tensors (not its children's), quantisation state included."""
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+    if owner is not None:
+        yield from QUANTISERS[owner].tensors(module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is what every way is asked to quantise."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _is_experts(module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds the matrices of several experts."""
+    return tensor.dim() == 3 and not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _experts_used(config: object) -> float:
+    """The share of a mixture's experts that one token uses; 1 where there is no mixture."""
+    text = config.get_text_config()
+    every = next((found for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+                  if (found := getattr(text, name, None))), None)
+    used = next((found for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k")
+                 if isinstance(found := getattr(text, name, None), int)), None)
+    return min(used / every, 1.0) if every and used else 1.0
+
+
+def _products(module: nn.Module, share: float) -> int:
+    """How many weights a token is multiplied by in this module alone."""
+    if hasattr(module, "in_features"):  # Linear and its quantised kin, whose tensors are packed
+        return module.in_features * module.out_features
+    if isinstance(module, nn.Embedding):
+        return 0
+    return sum(int(one.numel() * (share if _is_experts(module, one) else 1))
+               for one in module.parameters(recurse=False) if one.dim() >= 2)
+
+
+def _new(tensor: torch.Tensor, seen: set) -> bool:
+    """Whether this storage has not been counted yet (GPT-2's head is its embedding)."""
+    if tensor.device.type == "meta":
+        return True
+    address = (tensor.data_ptr(), tensor.numel())
+    if tensor.numel() == 0 or address in seen:
+        return False
+    seen.add(address)
+    return True

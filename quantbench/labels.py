@@ -1,0 +1,80 @@
+"""What tables, charts and findings share: the order of rows, and how models, settings and workloads are named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from quantbench.records import Measurement, Subject
+from quantbench.settings import MODELS, SETTINGS
+from quantbench.wording import cut, plain
+
+_ORDER = {key: place for place, key in enumerate(SETTINGS)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measurement and its names: the model's, the setting's with its engine and what tells two rows of the same
+    setting apart, and the workload's ("128 tokens"). `random`: its model has random weights here."""
+
+    row: Measurement
+    model: str
+    setting: str
+    workload: str
+    random: bool = False
+
+    @property
+    def title(self) -> str:
+        """The model as a heading shows it."""
+        return f"{self.model} (random weights)" if self.random else self.model
+
+    @property
+    def measured(self) -> bool:
+        return self.row.status == "ok" and self.row.tokens_per_s is not None
+
+    @property
+    def status(self) -> str:
+        """ "ok", "unavailable", "out of memory", ..."""
+        return self.row.status.replace("_", " ")
+
+    @property
+    def outcome(self) -> str:
+        """The status, with its reason: "unavailable: no NVIDIA GPU"; at most 160 characters."""
+        return cut(f"{self.status}: {self.row.reason}" if self.row.reason else self.status, 160)
+
+    @property
+    def note(self) -> str:
+        """What disturbed the measurement: "noisy, GPU 60% busy, GPU held back by its power cap"."""
+        throttled = ((self.row.conditions or {}).get("after") or {}).get("throttled") or []
+        return plain(", ".join(filter(None, ["noisy" * self.row.noisy, self.row.busy,
+                                             *(f"GPU held back by its {why}" for why in throttled)])))
+
+
+def cells(run: Iterable[Measurement]) -> list[Cell]:
+    """The rows of a run, named and in order: by model as they first came, by SETTINGS, by length, by batch. Rows of one
+    setting and workload, such as of two versions, are numbered: `compare` says in what they differ."""
+    rows, named, seen = list(run), [], Counter()
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    real = {row.model for row in rows if row.weights not in (None, "random")}
+    random = {row.model for row in rows if row.weights == "random"} - real
+    for row in rows:
+        seen[place := (row.model, row.weights == "random", row.setting, row.machine_name, *row.key[-4:])] += 1
+        setting = row.setting_label + f" · {row.engine}" * (row.engine != "eager")
+        setting += f" ({seen[place]})" * (seen[place] > 1)
+        work = f"{row.max_new_tokens} tokens" + f", batch {row.batch_size}" * (row.batch_size != 1)
+        work += f", prompt {prompts.index(row.prompt) + 1} “{cut(row.prompt, 20)}”" * (len(prompts) > 1)
+        model = MODELS[row.model].label if row.model in MODELS else plain(row.model)
+        named.append(Cell(row, model, plain(setting), work, row.weights == "random" or row.model in random))
+    titles = list(dict.fromkeys(cell.title for cell in named))
+    return sorted(named, key=lambda cell: (titles.index(cell.title), _ORDER.get(cell.row.setting, len(_ORDER)),
+                                           cell.setting, cell.row.max_new_tokens, cell.row.batch_size))
+
+
+def machine_of(run: Iterable[Subject]) -> str:
+    """The name of the one machine that all rows come from; raises ValueError naming them if there are several."""
+    names = list(dict.fromkeys(plain(row.machine_name) or "a machine without a name" for row in run))
+    if len(names) > 1:
+        raise ValueError(f"rows of {len(names)} machines are never compared: {'; '.join(names)}. "
+                         "Take one machine's: run.only(machine_name=...)")
+    return names[0] if names else ""

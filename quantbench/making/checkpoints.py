@@ -1,0 +1,80 @@
+"""Random and GGUF weights are made into a checkpoint once, kept, and loaded as any other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quantbench.inspection import need_memory, on_meta, quiet, weights_estimate
+from quantbench.machine import free_bytes
+from quantbench.settings import SETTINGS
+from quantbench.weights import SEED, TOKENIZER_FILES, Source, cache_folder, config_of, recipe
+
+UNFINISHED = "making-"  # then the host and the process that makes it
+
+
+def made(source: Source) -> Path:
+    """The folder with the safetensors of a source that is a recipe. Raises MemoryError where making it needs more."""
+    folder = _kept_at(source)
+    if not (folder / "config.json").is_file():
+        if source.gguf is None:
+            need_memory(weights_estimate(on_meta(config_of(source)), SETTINGS["cpu-fp32"]), free_bytes("cpu"),
+                        "making random weights")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished()
+        prefix = f"{UNFINISHED}{platform.node()}-{os.getpid()}-"
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as aside, quiet():
+            whole = Path(aside) / "checkpoint"
+            (_write_random if source.gguf is None else _write_from_gguf)(source, whole)
+            with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+                whole.rename(folder)
+    return folder
+
+
+def _kept_at(source: Source) -> Path:
+    digest = hashlib.sha256(json.dumps(recipe(source), sort_keys=True).encode())
+    for file in _tokenizer_files(source):
+        digest.update(file.name.encode() + file.read_bytes())
+    return cache_folder() / f"{Path(source.name).name}-{source.revision}-{digest.hexdigest()[:12]}".replace(" ", "-")
+
+
+def _remove_unfinished() -> None:
+    """Free what processes of this host left that were killed while they made a checkpoint: it may be gigabytes."""
+    for left in cache_folder().glob(f"{UNFINISHED}*"):
+        made_by = re.match(rf"{UNFINISHED}{re.escape(platform.node())}-(\d+)-", left.name)
+        if made_by and not psutil.pid_exists(int(made_by[1])):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _tokenizer_files(source: Source) -> list[Path]:
+    folder = (source.config or {}).get("folder")
+    return [file for name in TOKENIZER_FILES if folder and (file := Path(folder) / name).is_file()]
+
+
+def _write_random(source: Source, folder: Path) -> None:
+    config = config_of(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).save_pretrained(folder)
+    for file in _tokenizer_files(source):
+        shutil.copy(file, folder)
+
+
+def _write_from_gguf(source: Source, folder: Path) -> None:
+    where = {"pretrained_model_name_or_path": source.gguf.parent, "gguf_file": source.gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+    model.hf_quantizer = None  # the weights are plain float32 by now, and may be saved
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(folder)

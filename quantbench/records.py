@@ -1,0 +1,247 @@
+"""One cell as it was measured, raw samples and facts, their types and bounds, and every figure derived from them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from datetime import datetime, timezone
+from functools import cached_property, partial
+from statistics import fmean, median
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, with_config
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
+
+from quantbench.intervals import Interval, median_interval
+from quantbench.settings import PROMPT, SETTINGS
+from quantbench.wording import EMPTY, as_html, plain, span
+
+SCHEMA = 2
+BUSY = 0.2  # share of a device that others may use before a row says so
+NOISY = 0.1  # half-width of a median's interval, of the median
+ENERGY_S = 1.0  # a GPU's energy counter moves some 10 times a second: what a sample misses is in the next one
+STATUSES = ("ok", "unavailable", "out_of_memory", "crashed", "timeout", "failed")
+
+# ---- types of fields: pydantic checks them when a record is made or read ----
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Text = Annotated[str, AfterValidator(lambda text: text.encode(errors="replace").decode()), Field(max_length=10**6)]
+Name = Annotated[Text, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Whole = Annotated[int, Field(ge=1, le=10**9)]
+Seconds = Annotated[float, Field(gt=0, lt=1e9)]
+Amount = Annotated[float, Field(ge=0, lt=1e30)]
+Span = tuple[float, float]
+Many = Field(max_length=10_000)
+Tally = Annotated[dict[Name, Count], Many]
+Shares = Annotated[dict[Name, float], Many]
+Versions = Annotated[dict[Name, Name | None], Many]
+Weights = Literal["pretrained", "bundled", "random"]
+
+
+def _typed(name: str, /, **fields: object) -> type:
+    """A dict of which every key may be absent and none is unknown."""
+    return with_config(STRICT)(TypedDict(name, fields, total=False))
+
+
+Machine = _typed(
+    "Machine", cpu=Name | None, cores=Count | None, torch_threads=Count, ram_bytes=Count, os=Name, dynamic_int8=bool,
+    gpu=Name | None, gpu_count=Count, gpu_bytes=Count, gpu_multiprocessors=Count, cuda=Name | None, driver=Name | None,
+    gpu_capability=Annotated[list[Count], Field(max_length=2, min_length=2)], gpu_power_limit_w=Amount | None)
+Audit = _typed(
+    "Audit", quantiser=Name, quantised=Count, quantised_bytes=Count, embedding_bytes=Count, step_bytes=Count,
+    step_products=Count, kv_bytes_per_token=Count, left=Tally, kept=Tally, storage_dtype=Name, compute_dtype=Name,
+    bytes=Tally, details=Annotated[dict[Name, bool | int | float | Name | None], Many], **{"class": Name | None})
+Reading = _typed(
+    "Reading", load_average=Amount | None, cpu_busy=Amount | None, idle_w=float | None, gpu_busy=Amount | None,
+    sm_mhz=Count | None, memory_mhz=Count | None, celsius=Count | None, throttled=Annotated[list[Name], Many] | None)
+Conditions = _typed("Conditions", before=Reading, after=Reading, no_energy=Text | None)
+Kernel = _typed("Kernel", name=Text, seconds=Amount, calls=Amount)
+Part = _typed(  # of a traced generation, per call of the model
+    "Part", calls=Count, wall_s=Amount, device_s=Amount, kernels=Amount,
+    kinds=Annotated[dict[Name, Amount], Many], top=Annotated[list[Kernel], Many])
+Trace = _typed("Trace", prefill=Part, step=Part)
+
+
+FIGURES: dict[str, str] = {}  # derived figure -> its one label everywhere
+DECIMALS: dict[str, int] = {}  # derived figure -> its decimals, where it is a column in tables
+
+
+class Figure(cached_property):
+    """A figure of a measurement: computed when read, never stored, None where its samples are missing."""
+
+    def __init__(self, label: str, method: Callable, decimals: int | None = None) -> None:
+        super().__init__(method)
+        self.label, self.decimals = label, decimals
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        super().__set_name__(owner, name)
+        FIGURES[name] = self.label
+        DECIMALS.update({} if self.decimals is None else {name: self.decimals})
+
+
+def figure(label: str, decimals: int | None = None) -> Callable[[Callable], Figure]:
+    """Make a method of `Measurement` a figure under this label; with `decimals` it is a column in tables."""
+    return partial(Figure, label, decimals=decimals)
+
+
+class Subject:
+    """What measurements and qualities share: whose they are."""
+
+    @property
+    def machine_name(self) -> str:
+        """GPU and CPU in words; rows of two machines are never mixed in one table or chart."""
+        return " · ".join(part for part in (self.machine.get("gpu"), self.machine.get("cpu")) if part)
+
+    @property
+    def subject(self) -> tuple:
+        """What the rows of a setting share, whatever the workload: their quality is one and the same."""
+        versions = tuple(sorted((name, v) for name, v in self.versions.items() if name != "commit"))
+        return self.model, self.revision, self.weights, self.setting, self.machine_name, versions
+
+    @property
+    def setting_label(self) -> str:
+        return SETTINGS[self.setting].label if self.setting in SETTINGS else self.setting
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{label}: {plain(text)}" for label, text in self.summary().items())
+        return f"{type(self).__name__}({told})"
+
+    def _repr_html_(self) -> str:
+        return as_html([self.summary()])
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, config=STRICT)
+class Measurement(Subject):
+    """Raw samples and facts of one cell. Seconds, bytes and joules; everything else is derived on read.
+
+    Sample i has `latencies_s[i]`, `first_token_s[i]`, in a sweep its round's name `rounds[i]`, and `sampled_at[i]`
+    (seconds since 1970). Raises ValueError for what is no measurement."""
+
+    model: Name
+    setting: Name
+    max_new_tokens: Whole
+    schema: Annotated[int, Field(ge=1)] = SCHEMA
+    created_at: Name = field(default_factory=now)
+    revision: Name | None = None
+    weights: Weights | None = None  # None where nothing was loaded
+    engine: Name = "eager"
+    prompt: Text = PROMPT
+    prompt_tokens: Count | None = None
+    batch_size: Whole = 1
+    new_tokens: Whole | None = None
+    status: Literal[STATUSES] = "ok"
+    reason: Text | None = None
+    load_s: Amount | None = None
+    prepare_s: Amount | None = None  # what the engine needed once: compiling, capturing
+    latencies_s: Annotated[list[Seconds], Many] = field(default_factory=list)
+    first_token_s: Annotated[list[Seconds], Many] = field(default_factory=list)
+    energy_j: Annotated[list[Amount], Many] | None = None
+    rounds: Annotated[list[Name], Many] = field(default_factory=list)
+    sampled_at: Annotated[list[Amount], Many] = field(default_factory=list)
+    others_busy: Annotated[list[Amount], Many] = field(default_factory=list)  # share of all cores that others took
+    text: Text | None = None  # the continuation; None where the weights are random
+    weights_bytes: Count | None = None
+    held_before_bytes: Count | None = None  # what the process held before load: VRAM on a GPU, resident on a CPU
+    load_peak_bytes: int | None = None
+    vram_peak_bytes: int | None = None
+    vram_reserved_bytes: int | None = None
+    vram_device_bytes: int | None = None
+    ram_peak_bytes: int | None = None
+    audit: Audit | None = None
+    conditions: Conditions | None = None  # clocks, temperature, load, before and after the timed region
+    trace: Trace | None = None  # where the time of one traced generation went
+    machine: Machine = field(default_factory=dict)
+    versions: Versions = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "sampled_at", "others_busy"):
+            if getattr(self, name) and len(getattr(self, name)) != len(self.latencies_s):
+                raise ValueError(f"{name} must be as many as latencies_s")
+
+    @property
+    def key(self) -> tuple:
+        """What makes two rows the same cell: a later one replaces the earlier."""
+        return (*self.subject, self.engine, self.prompt, self.batch_size, self.max_new_tokens)
+
+    @property
+    def cell(self) -> tuple:
+        """The key without the workload: what a re-run notebook cell replaces."""
+        return self.model, self.setting, self.engine, self.machine_name
+
+    @property
+    def by_round(self) -> dict[str, float]:
+        """Round -> tokens/sec of the sample taken in it: two rows compare by the rounds that they share."""
+        return {name: self._rate(s) for name, s in zip(self.rounds, self.latencies_s)} if self.new_tokens else {}
+
+    def _rate(self, seconds: float) -> float | None:
+        return self.batch_size * self.new_tokens / seconds if seconds and self.new_tokens else None
+
+    def _rates(self, seconds: Sequence[float] | None) -> Interval | None:
+        return (self._rate(seconds[-1]), self._rate(seconds[0])) if seconds and self.new_tokens else None
+
+    # median of a whole `generate`, prompt included, and its interval by order statistics
+    latency_s = Figure("Latency (s)", lambda row: median(row.latencies_s) if row.latencies_s else None, 3)
+    latency_ci = Figure("Latency 95% (s)", lambda row: median_interval(row.latencies_s))
+    # batch_size x new_tokens / latency: the prompt is never counted. The range is what was seen, not what to expect
+    tokens_per_s = Figure("Tokens/sec", lambda row: row._rate(row.latency_s), 1)
+    tokens_per_s_ci = Figure("Tokens/sec 95%", lambda row: row._rates(row.latency_ci), 1)
+    tokens_per_s_range = Figure("Range", lambda row: row._rates(sorted(row.latencies_s)))
+    # time to first token: median of a separate `generate` of one token
+    ttft_s = Figure("TTFT (s)", lambda row: median(row.first_token_s) if row.first_token_s else None, 3)
+    # a step gives every sequence of the batch one token
+    decode_tokens_per_s = Figure("Decode tokens/sec", lambda row: row.step_ms and 1000 * row.batch_size / row.step_ms)
+    # 1e9 bytes: peak allocated in generate; peak resident above the level before load; quantisation state included
+    vram_gb = Figure("VRAM (GB)", lambda row: row.vram_peak_bytes and row.vram_peak_bytes / 1e9, 3)
+    ram_peak_gb = Figure("RAM peak (GB)", lambda row: row.ram_peak_bytes and row.ram_peak_bytes / 1e9, 3)
+    weights_gb = Figure("Weights (GB)", lambda row: row.weights_bytes and row.weights_bytes / 1e9, 3)
+
+    @figure("Step (ms)")
+    def step_ms(self) -> float | None:
+        """Milliseconds of one decode step: (latency - TTFT) / (new_tokens - 1)."""
+        if not (self.latency_s and self.ttft_s and (self.new_tokens or 0) > 1) or self.latency_s <= self.ttft_s:
+            return None
+        return 1000 * (self.latency_s - self.ttft_s) / (self.new_tokens - 1)
+
+    @figure("Energy (J/token)", 2)
+    def energy_per_token_j(self) -> float | None:
+        """Mean joules of a whole `generate` over its tokens, idle power included; None if under ENERGY_S was timed."""
+        enough = self.energy_j and self.new_tokens and sum(self.latencies_s) >= ENERGY_S
+        return fmean(self.energy_j) / (self.batch_size * self.new_tokens) if enough else None
+
+    # before the first answer can start: loading, quantising, compiling, capturing
+    once_s = Figure("Once (s)", lambda row: None if row.load_s is None else row.load_s + (row.prepare_s or 0), 1)
+
+    @figure("Busy")
+    def busy(self) -> str | None:
+        """Who else used the device just before the timed region, in words; None where nobody did."""
+        before = (self.conditions or {}).get("before") or {}
+        shares = {"GPU": before.get("gpu_busy"), "CPU": before.get("cpu_busy")}
+        return ", ".join(f"{name} {share:.0%} busy" for name, share in shares.items() if (share or 0) > BUSY) or None
+
+    @figure("Noisy")
+    def noisy(self) -> bool:
+        """The median's interval (the samples' range, where they are too few for one) is wider than ±10%."""
+        low, high = self.latency_ci or (min(self.latencies_s, default=0), max(self.latencies_s, default=0))
+        return (high - low) / 2 > NOISY * (self.latency_s or 1)
+
+    def summary(self) -> dict[str, str]:
+        """The row as a person reads it: label -> text."""
+        setting = self.setting_label + ("" if self.engine == "eager" else f" · {self.engine}")
+        row = {"Model": self.model, "Setting": setting, "Max New Tokens": str(self.max_new_tokens)}
+        row |= {"Batch": str(self.batch_size)} if self.batch_size > 1 else {}
+        if self.status != "ok":
+            return row | {"Status": self.status, "Reason": plain(self.reason or "")[:200]}
+        for name in ("latency_s", "tokens_per_s", "ttft_s", "weights_gb" if self.vram_gb is None else "vram_gb"):
+            row[FIGURES[name]] = EMPTY if (value := getattr(self, name)) is None else f"{value:.3f}"
+        if seen := self.tokens_per_s_ci or self.tokens_per_s_range:
+            looks = "95%" if self.tokens_per_s_ci else f"{len(self.latencies_s)} looks"
+            told = "1 look" if len(self.latencies_s) == 1 else f"{looks}: {span(seen, '.1f')}"
+            row[FIGURES["tokens_per_s"]] = f"{self.tokens_per_s:.1f} ({told})"
+        row["Weights"] = self.weights or EMPTY
+        if self.audit and self.audit.get("quantised"):
+            row["Quantised"] = f"{self.audit['quantised']} × {self.audit.get('class')}"
+        note = ", ".join(filter(None, ["noisy" if self.noisy else None, self.busy, self.reason]))
+        return row | ({"Note": plain(note)[:200]} if note else {})

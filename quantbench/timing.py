@@ -1,0 +1,169 @@
+"""Timed generation: one cell's samples, taken the way docs and README say they are."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm.auto import tqdm
+
+from quantbench import machine
+from quantbench.decode import find_engine
+from quantbench.inspection import need_memory
+from quantbench.loading import LoadedModel, check_length
+from quantbench.records import Measurement
+from quantbench.settings import PROMPT, Workload
+
+REPEATS = (3, 10)  # at least, at most
+CLOSE_ENOUGH = 0.03  # stop repeating when half the range is within this share of the median
+CPU_WARM_UP_TOKENS = 16  # on a GPU the warm-up has full length: kernels are chosen and memory is grown by then
+SAMPLE = ("latencies_s", "first_token_s", "energy_j", "others_busy", "sampled_at", "rounds")
+
+
+def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *, batch_size: int = 1,
+             repeats: int | None = None, budget_s: float = 30.0, engine: str = "eager",
+             clock: Callable[[], float] = time.perf_counter, progress: bool = True) -> Measurement:
+    """Greedy generation of exactly `max_new_tokens` tokens for `batch_size` copies of `prompt`, timed at once.
+
+    After a warm-up, 3 to 10 repeats: until half their range is within 3% of the median or `budget_s` seconds are
+    spent; `repeats` fixes their number. Each repeat also times a `generate` of one token, the time to first token.
+    `clock` returns seconds. Nothing but generation runs between two readings of the clock. The row is compared with no
+    other one: what two settings differ by is measured side by side, in rounds, by `sweep`.
+
+    `engine` is a key of `ENGINES`: "eager" (transformers' generate), "graph" (one captured decode step) or "compile"
+    (compiled, then captured); the text of the last two is held against eager's.
+
+    A model that could not be loaded, or that runs out of memory, gives a row that says so. Raises ValueError for
+    a workload that cannot run (see `Workload`) or is over the model's context length, RuntimeError for a closed
+    model or a wrong token count.
+    """
+    workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s)
+    cell = Timed(lm, workload, engine, clock)
+    title = f"{lm.name} · {lm.setting.label} · {workload.max_new_tokens} tokens"
+    most = workload.repeats or REPEATS[1]
+    with tqdm(total=most, desc=title, unit="repeat", leave=False, disable=not progress) as bar:
+        while not cell.ended and not _enough(cell, workload):
+            cell.sample()
+            bar.update()
+        bar.total = bar.n  # fewer than 10 were enough: a notebook would paint the bar red
+    return cell.measurement()
+
+
+def _enough(cell: Timed, workload: Workload) -> bool:
+    seconds, (least, most) = sorted(cell.samples["latencies_s"]), REPEATS
+    if workload.repeats is not None or len(seconds) < least or len(seconds) >= most:
+        return len(seconds) >= (workload.repeats or most)
+    close = (seconds[-1] - seconds[0]) / 2 <= CLOSE_ENOUGH * seconds[len(seconds) // 2]
+    return close or sum(seconds) + sum(cell.samples["first_token_s"]) >= workload.budget_s
+
+
+class Timed:
+    """One cell, ready to be sampled: its engine is made and warmed up when this is. `ended` says why there will be no
+    (more) sample: then `sample` does nothing, and `measurement` is a row with that status and reason."""
+
+    def __init__(self, lm: LoadedModel, workload: Workload, engine: str = "eager",
+                 clock: Callable[[], float] = time.perf_counter) -> None:
+        self.lm, self.workload, self.clock, kind = lm, workload, clock, find_engine(engine)
+        self.samples: dict[str, list] = {name: [] for name in SAMPLE}
+        self.ended: tuple[str, str | None] | None = None if lm.status == "ok" else (lm.status, lm.reason)
+        self.facts = {name: getattr(lm, name) for name in (
+            "revision", "weights", "load_s", "weights_bytes", "held_before_bytes", "load_peak_bytes", "audit")} | {
+            "model": lm.name, "setting": lm.setting.key, "engine": engine, "prompt": workload.prompt,
+            "batch_size": workload.batch_size, "max_new_tokens": workload.max_new_tokens, "machine": machine.facts(),
+            "versions": machine.versions()}
+        if self.ended:
+            return
+        if lm.model is None:
+            raise RuntimeError(f"{lm!r}: load it again to generate")
+        if reason := kind.why_not(lm):
+            self.ended = "unavailable", reason
+            return
+        self.prompt_tokens = self.facts["prompt_tokens"] = lm.encode(workload.prompt)["input_ids"].shape[1]
+        check_length(lm.name, self.prompt_tokens, workload, lm.context_length)
+        self._unless_memory_ends(self._prepare, kind)
+
+    def sample(self, round_name: str | None = None) -> None:
+        """Time one generation and one of a single token; `round_name` is kept with them."""
+        if not self.ended:
+            self._unless_memory_ends(self._sample, round_name)
+
+    def measurement(self) -> Measurement:
+        """The row of all samples so far. The engine's text is held against eager's now, outside every timed region."""
+        made = {} if self.ended else self._unless_memory_ends(self._finish) or {}
+        if self.ended:
+            made = dict(zip(("status", "reason"), self.ended))
+        return Measurement(**self.facts | made)
+
+    def _prepare(self, kind: type) -> None:
+        lm, tokens = self.lm, self.workload.max_new_tokens
+        room = lm.audit["kv_bytes_per_token"] * (self.prompt_tokens + tokens) * self.workload.batch_size
+        need_memory(room, machine.free_bytes(lm.device), "the KV cache")
+        gc.collect()
+        machine.release(lm.device)  # an engine of the call before may still hold its graph
+        held, self.before = machine.held_bytes(lm.device), machine.readings(lm.device, machine.IDLE_S)
+        start = time.perf_counter()
+        self.engine = kind(lm, lm.encode(self.workload.prompt, self.workload.batch_size), tokens)
+        self._timed(tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS))
+        self.facts["prepare_s"] = time.perf_counter() - start
+        self.engine_bytes, self.peak_bytes = machine.held_bytes(lm.device) - held, None
+
+    def _sample(self, round_name: str | None) -> None:
+        device, at, held = self.lm.device, time.time(), machine.held_bytes(self.lm.device)
+        has_peak = machine.reset_peak(device)
+        cores, start_j = machine.cores_used(), machine.energy_j(device)
+        seconds, self.output = self._timed(self.workload.max_new_tokens)
+        end_j = machine.energy_j(device)
+        busy, own, every = (after - before for before, after in zip(cores, machine.cores_used()))
+        if has_peak:
+            self.peak_bytes = max(self.peak_bytes or 0, machine.peak_bytes(device) - held)
+        first = self._timed(1)[0]
+        joules = None if start_j is None or end_j < start_j else end_j - start_j  # less: the counter started anew
+        others = min(max((busy - own) / every, 0.0), 1.0) if every > 0 else 0.0
+        for name, value in zip(SAMPLE, (seconds, first, joules, others, at, round_name)):
+            self.samples[name].append(value)
+
+    def _timed(self, tokens: int) -> tuple[float, torch.Tensor]:
+        """Seconds of one generation of exactly `tokens` tokens, and its output [batch, prompt + tokens]."""
+        machine.synchronize(self.lm.device)
+        start = self.clock()
+        output = self.engine(tokens)
+        machine.synchronize(self.lm.device)
+        seconds = self.clock() - start
+        if (new := output.shape[1] - self.prompt_tokens) != tokens:
+            raise RuntimeError(f"the model generated {new} tokens where {tokens} were asked for")
+        return seconds, output
+
+    def _finish(self) -> dict:
+        lm, tokens = self.lm, self.workload.max_new_tokens
+        kept = {name: values for name, values in self.samples.items() if None not in values}
+        conditions = {"before": self.before, "after": machine.readings(lm.device)}
+        memory = self._memory()
+        reason, wrong = self.engine.differs(self.output)
+        text, status = lm.decode(self.output[0, -tokens:]), "failed" if wrong else "ok"
+        return kept | memory | {"new_tokens": tokens, "text": text, "conditions": conditions, "reason": reason,
+                                "status": status}
+
+    def _memory(self) -> dict:
+        """The peak of this model alone, whoever else lives in this process: what it allocated at load, what its engine
+        holds, and what a generation added."""
+        lm = self.lm
+        own = lm.held_after_bytes - lm.held_before_bytes + self.engine_bytes
+        peak = None if self.peak_bytes is None else max(own + self.peak_bytes, 0)
+        if lm.device == "cpu":
+            return {"ram_peak_bytes": peak}
+        return {"vram_peak_bytes": peak, "vram_reserved_bytes": torch.cuda.memory_reserved(),
+                "vram_device_bytes": machine.device_bytes() - lm.device_before_bytes}
+
+    def _unless_memory_ends(self, work: Callable, *args: object) -> object:
+        try:
+            return work(*args)
+        except (RuntimeError, MemoryError) as error:
+            if (reason := machine.out_of_memory(error)) is None:
+                raise
+        self.ended = "out_of_memory", reason
+        self.engine = self.output = None
+        gc.collect()  # not in the except clause: the traceback holds what was allocated
+        machine.release(self.lm.device)
+        return None
