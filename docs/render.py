@@ -203,8 +203,9 @@ def made_by(file: str, run: qb.Run) -> str:
     """The file, the day, the versions and the commit."""
     made = first(run)
     packages = ", ".join(f"{key} {value}" for key, value in made.versions.items() if key != "commit")
-    return (f"[{file}](published/{file}), {made.created_at[:10]}: {packages}; "
-            f"commit {(made.versions.get('commit') or 'unknown')[:12]}.")
+    commit = made.versions.get("commit") or "unknown"
+    changed = " and changes not committed then" if commit.endswith("-dirty") else ""
+    return f"[{file}](published/{file}), {made.created_at[:10]}: {packages}; commit {commit[:12]}{changed}."
 
 
 if __name__ == "__main__":
