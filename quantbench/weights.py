@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from quantbench.settings import MODELS, unknown
 
 SEED = 0
+SAMPLE = 2**16  # bytes
 WEIGHTS = ("pretrained", "bundled", "random")
 PATIENCE_S = 5.0  # for the Hub's first answer: its own library would try for 23 s per model
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
@@ -28,9 +30,9 @@ _NOT_FILES = ["onnx/*", "original/*", "*/*.safetensors"]
 class Source:
     """Weights found, not yet loaded.
 
-    `weights` is one of WEIGHTS; `revision` the Hub commit, the package's version or the seed; `folder` holds a
-    transformers checkpoint (None for random and unconverted weights: see `checkpoint`); `gguf` and `config` say how
-    to make one.
+    `weights` is one of WEIGHTS; `revision` the Hub commit, the package's version, the seed or the files' digest;
+    `folder` holds a transformers checkpoint (None for random and unconverted weights: see `checkpoint`); `gguf` and
+    `config` say how to make one.
     """
 
     name: str
@@ -122,10 +124,24 @@ def _in_folder(name: str, folder: Path, weights: str | None) -> Source:
     if weights == "bundled":
         raise ValueError(f"the folder {name!r} is no package: ask for 'pretrained' or 'random' weights")
     if weights != "random" and list(folder.glob("*.safetensors")):
-        return Source(name, "pretrained", folder=folder)
+        return Source(name, "pretrained", _digest(folder), folder)
     if weights == "random" or (weights is None and not list(folder.glob("*.bin"))):
         return Source(name, "random", f"seed {SEED}", config={"folder": str(folder)})
     raise ValueError(f"the folder {name!r} holds no safetensors file; pickled weights are never loaded")
+
+
+def _digest(folder: Path) -> str:
+    """A revision for a local folder: of its configuration, tokenizer and weights; of a large file its size and samples
+    throughout, since reading gigabytes would take longer than loading them."""
+    digest = hashlib.sha256()
+    for file in sorted(one for one in folder.iterdir() if one.suffix in (".json", ".safetensors", ".txt", ".model")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            for place in range(0, size, max(SAMPLE, size // 256)):
+                content.seek(place)
+                digest.update(content.read(SAMPLE))
+    return f"files {digest.hexdigest()[:12]}"
 
 
 def _on_hub(name: str, repo: str) -> Source | None:

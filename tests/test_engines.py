@@ -1,5 +1,6 @@
 """The engines' text against eager's, with the capture left out and with it, and their refusals."""
 
+import json
 import weakref
 
 import pytest
@@ -144,3 +145,17 @@ def test_the_compiled_engine_runs(setting):
     with qb.load("distilgpt2", setting, weights="random") as lm:
         row = qb.generate(lm, max_new_tokens=40, repeats=2, engine="compile", progress=False)
     assert row.status == "ok", row.reason
+
+
+@pytest.mark.parametrize("kind, more, said", [
+    ("mistral", {"sliding_window": 32}, "StaticSlidingWindowLayer"),
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}, "LinearAttentionLayer")])
+def test_a_cache_of_another_kind_is_refused_in_a_sentence(tmp_path, kind, more, said):
+    config = {"model_type": kind, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0,
+              "eos_token_id": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | more))
+    with qb.load(tmp_path, "cpu-fp32") as lm:
+        row = qb.generate(lm, max_new_tokens=8, repeats=1, engine="graph", progress=False)
+        assert row.status == "unavailable" and said in row.reason
+        assert qb.generate(lm, max_new_tokens=8, repeats=1, progress=False).status == "ok"

@@ -55,7 +55,11 @@ def cached(hub: Path, repo: str, *names: str) -> Path:
 def test_a_folder_with_safetensors_is_pretrained(tmp_path):
     folder = holding(tmp_path / "m", "config.json", "model.safetensors", "pytorch_model.bin")
     source = find(str(folder))
-    assert (source.weights, source.folder, source.revision) == ("pretrained", folder, None)
+    assert (source.weights, source.folder) == ("pretrained", folder) and source.revision.startswith("files ")
+    assert find(str(folder)).revision == source.revision
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert find(str(folder)).revision != source.revision
 
 
 @pytest.mark.parametrize("names, weights", [([], None), (["model.safetensors"], "random"),

@@ -18,6 +18,7 @@ from quantbench.engines.agreement import difference, stop_tokens
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
 from quantbench.weights import cache_folder
+from quantbench.wording import listed
 
 TURING_OPT_IN = "QUANTBENCH_COMPILE_ON_TURING"
 
@@ -33,6 +34,9 @@ class Graph:
     def why_not(lm: LoadedModel) -> str | None:
         if not getattr(lm.model, "_can_compile_fullgraph", False):
             return f"transformers has no static cache for {type(lm.model).__name__}"
+        layers = StaticCache(config=lm.model.config, max_cache_len=64).layers
+        if others := sorted({type(layer).__name__ for layer in layers} - {"StaticLayer"}):
+            return f"its cache has {listed(others)} (sliding windows, states): only full attention's step is captured"
         return find_quantiser(lm.setting.quantisation).not_captured(lm.setting)
 
     def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int) -> None:
