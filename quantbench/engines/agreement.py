@@ -1,7 +1,5 @@
 """Two engines round differently: is an engine's text one that the eager model could have written?"""
 
-from __future__ import annotations
-
 import torch
 
 from quantbench.decode import stepwise_logits

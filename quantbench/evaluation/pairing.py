@@ -3,8 +3,6 @@
 Intervals are over windows, not over tokens as llama.cpp has them: tokens of a window share their text.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

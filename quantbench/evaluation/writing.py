@@ -1,7 +1,5 @@
 """What each setting wrote after the same prompt, divided where it parts from the reference's text."""
 
-from __future__ import annotations
-
 import os.path
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Random and GGUF weights are made into a checkpoint once, kept, and loaded as any other."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What runs in the process that measures: one cell is loaded, sampled when its turn comes, and closed."""
 
-from __future__ import annotations
-
 import threading
 
 from tqdm.auto import tqdm

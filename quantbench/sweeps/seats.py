@@ -1,7 +1,5 @@
 """Where one setting is measured, cell after cell: a process of its own, or this one."""
 
-from __future__ import annotations
-
 import threading
 import time
 import warnings

@@ -1,7 +1,5 @@
 """What this machine can do at most: how fast it reads memory, and how fast it multiplies matrices, per dtype."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import warnings
