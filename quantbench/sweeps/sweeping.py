@@ -69,8 +69,8 @@ def _with_the_rest(cells: list[Cell], known: dict[tuple, Measurement]) -> list[C
     missing: dict[tuple, int] = {}
     for cell in cells:
         row = known.get(cell.key)
-        rest = (cell.workload.repeats or 0) - len(row.rounds if row is not None and row.status == "ok" else ())
-        missing[cell.model, cell.workload] = max(rest, missing.get((cell.model, cell.workload), 1))
+        lacking = (cell.workload.repeats or 0) - len(row.rounds if row is not None and row.status == "ok" else ())
+        missing[cell.model, cell.workload] = max(lacking, missing.get((cell.model, cell.workload), 1))
     rest = {(model, asked): dataclasses.replace(asked, repeats=asked.repeats and rounds)
             for (model, asked), rounds in missing.items()}
     return [dataclasses.replace(cell, workload=rest[cell.model, cell.workload]) for cell in cells]
