@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from quantbench.loading import LoadedModel
-from quantbench.settings import unknown
+from quantbench.settings import Registry
 
 
 class Engine(Protocol):
@@ -46,19 +45,9 @@ class Eager:
         return None, False
 
 
-# name -> the class, or where it is found when it is asked for: "module:class"
-ENGINES: dict[str, type | str] = {"eager": Eager, "graph": "quantbench.engines.captured:Graph",
-                                  "compile": "quantbench.engines.captured:Compiled"}
-
-
-def find_engine(name: str) -> type:
-    """The class for `name`; raises ValueError naming the nearest names."""
-    if name not in ENGINES:
-        raise ValueError(unknown("engine", name, ENGINES))
-    if isinstance(ENGINES[name], str):
-        module, _, kind = ENGINES[name].partition(":")
-        return getattr(importlib.import_module(module), kind)
-    return ENGINES[name]
+ENGINES = Registry("engine", {"eager": Eager, "graph": "quantbench.engines.captured:Graph",
+                              "compile": "quantbench.engines.captured:Compiled"})
+find_engine = ENGINES.find
 
 
 def stepwise_logits(model: nn.Module, ids: torch.Tensor, scored: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from quantbench.settings import Setting, unknown
+from quantbench.settings import Registry, Setting
 
 if TYPE_CHECKING:
     import torch
@@ -180,20 +180,14 @@ class DynamicInt8(Quantiser):
         return numel + 16 * outputs  # a scale and a zero point each, of 8 bytes
 
 
-QUANTISERS: dict[str, Quantiser] = {
+QUANTISERS = Registry("quantiser", {
     "none": Quantiser(),
     "bnb-int8": Int8Bitsandbytes(),
     "bnb-nf4": Int4Bitsandbytes("nf4"),
     "bnb-fp4": Int4Bitsandbytes("fp4"),
     "dynamic-int8": DynamicInt8(),
-}
-
-
-def find_quantiser(key: str) -> Quantiser:
-    """The entry for `key`; raises ValueError naming the nearest keys."""
-    if key not in QUANTISERS:
-        raise ValueError(unknown("quantiser", key, QUANTISERS))
-    return QUANTISERS[key]
+})
+find_quantiser = QUANTISERS.find
 
 
 def why_not(setting: Setting, facts: dict) -> str | None:

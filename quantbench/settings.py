@@ -2,11 +2,11 @@
 
 import contextlib
 import difflib
+import importlib
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-from quantbench.wording import as_html
+from typing import Any
 
 PROMPT = "Once upon a time, in a small village by the sea"  # 12 GPT-2 tokens, as the published experiment counted
 
@@ -30,18 +30,33 @@ class Setting:
         return self.quantisation, self.dtype == "float32", self.double_quant
 
 
-class Settings(dict[str, Setting]):
-    """The rows by key; a notebook shows them as a table, a terminal as lines."""
+class Registry(dict):
+    """Entries of one kind by name; a text in the place of an entry says where it is found: "module:name"."""
 
-    def _repr_html_(self) -> str:
-        return as_html([{"Key": row.key, "Setting": row.label, "Device": row.device, "Dtype": row.dtype,
-                         "Quantisation": row.quantisation} for row in self.values()])
+    def __init__(self, kind: str, entries: dict) -> None:
+        super().__init__(entries)
+        self.kind = kind
 
-    def __repr__(self) -> str:
-        return "\n".join(f"{row.key:18}{row.label:24}{row.dtype:10}{row.quantisation}" for row in self.values())
+    def __getitem__(self, name: str) -> Any:
+        if isinstance(entry := super().__getitem__(name), str):
+            module, _, place = entry.partition(":")
+            self[name] = entry = getattr(importlib.import_module(module), place)
+        return entry
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(name, self[name]) for name in self]
+
+    def values(self) -> list:
+        return [self[name] for name in self]
+
+    def find(self, name: str) -> Any:
+        """The entry; raises ValueError naming the nearest names."""
+        if name not in self:
+            raise ValueError(unknown(self.kind, name, self))
+        return self[name]
 
 
-SETTINGS = Settings((row.key, row) for row in (
+SETTINGS = Registry("setting", {row.key: row for row in (
     # the published experiment
     Setting("cpu-fp32", "CPU FP32", "cpu", "float32"),
     Setting("gpu-fp16", "GPU FP16", "cuda", "float16"),
@@ -57,7 +72,8 @@ SETTINGS = Settings((row.key, row) for row in (
     Setting("cpu-bf16", "CPU BF16", "cpu", "bfloat16", linear=True),
     Setting("cpu-int8", "CPU INT8", "cpu", "float16", "bnb-int8"),
     Setting("cpu-int4", "CPU INT4", "cpu", "float16", "bnb-nf4"),
-    Setting("cpu-int8-dynamic", "CPU INT8 dynamic", "cpu", "float32", "dynamic-int8", linear=True)))
+    Setting("cpu-int8-dynamic", "CPU INT8 dynamic", "cpu", "float32", "dynamic-int8", linear=True))})
+find_setting = SETTINGS.find
 EXPERIMENT: tuple[str, ...] = tuple(SETTINGS)[:4]  # the published one's settings
 BASELINES = ("gpu-fp16", "cpu-fp32")  # ratios are to the first that was measured
 
@@ -119,13 +135,6 @@ def whole(name: str, value: object, least: int = 1) -> int:
         if not isinstance(value, bool) and operator.index(value) >= least:
             return operator.index(value)
     raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def find_setting(key: str) -> Setting:
-    """The row for `key`; raises ValueError naming the nearest keys."""
-    if key not in SETTINGS:
-        raise ValueError(unknown("setting", key, SETTINGS))
-    return SETTINGS[key]
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
