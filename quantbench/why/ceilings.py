@@ -15,33 +15,29 @@ from quantbench.why.floors import Limits
 
 READ_BYTES = {"cpu": 2**30, "cuda": 2**32}  # far more than any cache holds
 SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices
-SPEND_S = 0.3  # on each rate, over all rounds
-ROUNDS = 3  # of all rates in turn: another program's burst passes meanwhile
+ROUNDS, SPEND_S = 3, 0.1  # all rates in turn, and seconds on each: another program's burst passes meanwhile
 
 
 @torch.no_grad()
 def limits(device: str | None = None) -> Limits:
-    """The rates of `device` ("cuda" or "cpu"; None: the GPU where there is one), measured now, in a few seconds.
-
-    `read_bytes_per_s` is the best rate of reading some GiB, by a sum and by a matrix-vector product: as in STREAM
-    (McCalpin 1995) the best of several is taken, because it is a limit. `matrix_flops_per_s` is per dtype the best
-    rate of a product, 2 operations per weight and row. `run.add` it, and the views of notebook 03 hold the rows of
-    this machine and device against it. Raises ValueError for a device that is not here.
-    """
+    """The rates of `device` ("cuda" or "cpu"; None: the GPU where there is one), measured now, in a few seconds: the
+    best of several, as in STREAM (McCalpin 1995), of reading some GiB by a sum and by a matrix-vector product, and per
+    dtype of a product, 2 operations per weight and row. `run.add` it, and the views of notebook 03 hold the rows of
+    this machine and device against it. Raises ValueError for a device that is not here."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in READ_BYTES or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"no device {device!r} here: limits are of 'cpu'" + " or 'cuda'" * torch.cuda.is_available())
     wide = torch.ones(min(READ_BYTES[device], machine.free_bytes(device) // 4) // 2**16, 2**14, device=device)
     reads = (wide.sum, partial(linear, torch.ones(1, 2**14, device=device), wide))
-    works, facts = [("read", wide.nbytes, work) for work in reads] + list(_products(device)), machine.facts()
+    works = [("read", wide.nbytes, work) for work in reads] + list(_products(device))
     rates: dict[str, float] = {}
-    for _ in range(ROUNDS):
-        for name, amount, work in works:
-            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-            best = min(timer.adaptive_autorange(threshold=0.01, max_run_time=SPEND_S / ROUNDS).times)
-            rates[name] = max(rates.get(name, 0.0), amount / best)
+    for name, amount, work in ROUNDS * works:
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        best = min(timer.adaptive_autorange(threshold=0.01, max_run_time=SPEND_S).times)
+        rates[name] = max(rates.get(name, 0.0), amount / best)
     del wide, reads, works, work, timer
     machine.release(device)
+    facts = machine.facts()
     return Limits(device=device, name=facts["gpu" if device == "cuda" else "cpu"], machine=facts,
                   versions=machine.versions(), read_bytes_per_s=rates.pop("read"), matrix_flops_per_s=rates)
 
@@ -58,7 +54,7 @@ def _products(device: str) -> Iterator[tuple[str, int, Callable[[], object]]]:
                 work = partial(linear, square[:rows], square)
             elif device == "cuda":
                 square = torch.ones(size, size, dtype=torch.int8, device=device)
-                work = partial(torch._int_mm, square[:rows], square)  # no public call
+                work = partial(torch._int_mm, square[:rows], square.t())  # no public call
             else:
                 work = partial(torch.ao.nn.quantized.dynamic.Linear(size, size), torch.randn(rows, size))
             work()
