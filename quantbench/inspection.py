@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -16,7 +19,9 @@ from quantbench.quantisers import ITEMSIZE, QUANTISERS, find_quantiser, name_of
 from quantbench.settings import Setting
 from quantbench.wording import listed
 
-LOOK = 4  # tokens that a model on the meta device reads, to see what its cache holds of each
+LOOK = (2, 3)  # tokens that a model on the meta device reads, to see what its cache holds of each
+KEPT = 4  # models on the meta device
+MANY = 72  # layers: of more, so many stand for all, whatever their pattern's period
 
 
 class AuditError(RuntimeError):
@@ -24,7 +29,7 @@ class AuditError(RuntimeError):
 
 
 def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
-    """What is quantised and what is not, as plain JSON (`shapes.Audit`).
+    """What is quantised and what is not, as plain JSON (`records.Audit`).
 
     `quantised` modules of `class` hold `quantised_bytes` as `details` say; `left` counts Linear layers that are still
     unquantised, the output head apart, `kept` every other module with a matrix that no way quantises (convolutions,
@@ -34,22 +39,6 @@ def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
     those that a token uses; `step_products` how many weights it multiplies by. To be called right after load:
     bitsandbytes repacks weights in its first forward.
     """
-    owners, classes, left, kept, total, sizes, details = _looked_through(model)
-    told = details[0] if details else {}
-    return {
-        "quantiser": ", ".join(sorted(owners)) or "none", "quantised": owners.total(),
-        "class": ", ".join(sorted(classes)) or None, "quantised_bytes": sizes["quantised"],
-        "embedding_bytes": sizes["embedding"], "step_bytes": total.total() - sizes["unread"],
-        "step_products": sizes["products"], "kv_bytes_per_token": kv_bytes_per_token, "left": dict(left),
-        "kept": dict(kept), "storage_dtype": told.get("storage_dtype", name_of(model.dtype)),
-        "compute_dtype": told.get("compute_dtype", name_of(model.dtype)), "bytes": dict(total),
-        "details": told if len(details) < 2 else {"mixed": str(details)[:500]},
-    }
-
-
-def _looked_through(model: nn.Module) -> tuple:
-    """Of all modules: quantised ones by way and by class, left and kept ones by class; bytes by dtype and by use; and
-    the different details of the quantised ones."""
     head, share = model.get_output_embeddings(), _experts_used(model.config)
     owners, classes, left, kept, total, sizes = (Counter() for _ in range(6))
     seen, details = set(), []
@@ -73,26 +62,36 @@ def _looked_through(model: nn.Module) -> tuple:
             left[module._get_name()] += 1
         elif any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
             kept[module._get_name()] += 1
-    return owners, classes, left, kept, total, sizes, details
+    told = details[0] if details else {}
+    return {
+        "quantiser": ", ".join(sorted(owners)) or "none", "quantised": owners.total(),
+        "class": ", ".join(sorted(classes)) or None, "quantised_bytes": sizes["quantised"],
+        "embedding_bytes": sizes["embedding"], "step_bytes": total.total() - sizes["unread"],
+        "step_products": sizes["products"], "kv_bytes_per_token": kv_bytes_per_token, "left": dict(left),
+        "kept": dict(kept), "storage_dtype": told.get("storage_dtype", name_of(model.dtype)),
+        "compute_dtype": told.get("compute_dtype", name_of(model.dtype)), "bytes": dict(total),
+        "details": told if len(details) < 2 else {"mixed": str(details)[:500]},
+    }
 
 
 def check(found: dict, setting: Setting) -> None:
-    """Raise AuditError unless the audit `found` is what `setting` promises."""
+    """Raise AuditError unless the audit `found` is what `setting` promises. What a checkpoint stores is as it is."""
     expected, left = setting.quantisation, listed([f"{n} {kind}" for kind, n in found["left"].items()] or ["none"])
+    wrong = None
     if expected == "none":
         if found["quantised"]:
-            raise AuditError(f"{setting.label}: {found['quantised']} modules are quantised ({found['class']}); the "
-                             "checkpoint itself is quantised, and would not be what this setting says")
-        return
-    if not found["quantised"]:
-        raise AuditError(f"{setting.label}: no module was quantised (left as they were: {left})")
-    if found["quantiser"] != expected:
-        raise AuditError(f"{setting.label}: modules are quantised as {found['quantiser']}, not as {expected}")
-    if found["left"]:
-        raise AuditError(f"{setting.label}: {found['quantised']} modules were quantised, but {left} were left")
-    for name, value in find_quantiser(expected).promise(setting).items():
+            wrong = f"{found['quantised']} modules are quantised ({found['class']}), which the setting does not say"
+    elif not found["quantised"]:
+        wrong = f"no module was quantised (left as they were: {left})"
+    elif expected != "stored" and found["quantiser"] != expected:
+        wrong = f"modules are quantised as {found['quantiser']}, not as {expected}"
+    elif expected != "stored" and found["left"]:
+        wrong = f"{found['quantised']} modules were quantised, but {left} were left"
+    for name, value in {} if wrong else find_quantiser(expected).promise(setting).items():
         if (is_now := found["details"].get(name)) != value:
-            raise AuditError(f"{setting.label}: {name} is {is_now!r} in the model, and {value!r} in the setting")
+            wrong = f"{name} is {is_now!r} in the model, and {value!r} in the setting"
+    if wrong:
+        raise AuditError(f"{setting.label}: {wrong}")
 
 
 @contextlib.contextmanager
@@ -110,36 +109,62 @@ def quiet() -> Iterator[None]:
 
 
 def on_meta(config: PretrainedConfig) -> nn.Module:
-    """The model as shapes alone. bfloat16: torch's grouped product of experts takes no other on the meta device."""
-    with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    """The model as shapes alone, kept for the next who asks. Of more than MANY layers, MANY are built, and `stands_for`
+    says how many of the model's layers each of them is."""
+    text = (config := copy.deepcopy(config)).get_text_config()
+    layers = getattr(text, "num_hidden_layers", None) or 0
+    if layers > MANY:
+        for name, value in vars(text).items():
+            if isinstance(value, list) and len(value) == layers:  # a kind for each layer
+                setattr(text, name, value[:MANY])
+        text.num_hidden_layers = MANY
+    key = config.to_json_string(use_diff=False)
+    if key not in _built:
+        if len(_built) >= KEPT:
+            _built.clear()
+        with torch.device("meta"), quiet():  # bfloat16: torch's grouped product of experts takes no other there
+            _built[key] = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    _built[key].stands_for = max(layers / MANY, 1.0)
+    return _built[key]
+
+
+_built: dict[str, nn.Module] = {}  # by their configurations
 
 
 def weights_estimate(model: nn.Module, setting: Setting) -> int:
-    """Bytes that `model`, a module on the meta device, will hold under `setting`, quantisation state included: every
-    Linear quantised but the output head, as the audit demands; where the head is quantised too, what it was tied to
-    stays."""
-    way, head, size, seen = find_quantiser(setting.quantisation), model.get_output_embeddings(), 0, set()
+    """Bytes that `model`, of `on_meta`, will hold under `setting`, quantisation state included: every Linear quantised
+    but the output head, as the audit demands; where the head is quantised too, what it was tied to stays."""
+    way, head, seen = find_quantiser(setting.quantisation), model.get_output_embeddings(), set()
+    sizes, layers = Counter(), {id(inner) for outer in model.modules() if isinstance(outer, nn.ModuleList)
+                                and len(outer) == MANY for inner in outer.modules()}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if _is_linear(module) and parameter.dim() == 2 and (module is not head or way.takes_head):
                 outputs = parameter.shape[1 if isinstance(module, Conv1D) else 0]
-                size += way.matrix_bytes(parameter.numel(), outputs, setting)
+                sizes[id(module) in layers] += way.matrix_bytes(parameter.numel(), outputs, setting)
             elif id(parameter) not in seen:
                 seen.add(id(parameter))
-                size += parameter.numel() * ITEMSIZE[setting.dtype]
-    return size
+                sizes[id(module) in layers] += parameter.numel() * ITEMSIZE[setting.dtype]
+    return sizes[False] + int(sizes[True] * model.stands_for)
+
+
+def load_estimate(model: nn.Module, setting: Setting) -> int:
+    """The most bytes that `model`, of `on_meta`, will hold while it is loaded: what is quantised after it was loaded is
+    there unquantised first."""
+    held, plain = weights_estimate(model, setting), dataclasses.replace(setting, quantisation="none")
+    after = setting.quantisation != "stored" and find_quantiser(setting.quantisation).config(setting) is None
+    return max(held, weights_estimate(model, plain)) if after else held
 
 
 @torch.no_grad()
 def cache_bytes_per_token(model: nn.Module, itemsize: int) -> int:
-    """Bytes that one token of one sequence adds to transformers' own cache, asked of a model on the meta device, which
+    """Bytes that one token of one sequence adds to transformers' own cache, asked of a model of `on_meta`, which
     computes shapes only: multi-query, latent and hybrid attention count what they hold."""
     held = []
-    for tokens in (LOOK, 2 * LOOK):
+    for tokens in LOOK:
         out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)
         held.append(sum(one.numel() for one in set(_cached(out.get("past_key_values"))) if one.dim() > 1))
-    return (held[1] - held[0]) // LOOK * itemsize
+    return int((held[1] - held[0]) * model.stands_for) * itemsize
 
 
 def need_memory(needed: int, free: int, what: str) -> None:
@@ -160,16 +185,19 @@ def _cached(found: object, depth: int = 0) -> Iterator[torch.Tensor]:
 
 
 def _tensors(module: nn.Module, owner: str | None) -> Iterator[torch.Tensor]:
-    """A module's own tensors (not its children's), quantisation state included."""
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
-    if owner is not None:
-        yield from QUANTISERS[owner].tensors(module)
+    """A module's own tensors (not its children's), quantisation state included; those inside of a tensor subclass."""
+    waiting = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    waiting += [] if owner is None else QUANTISERS[owner].tensors(module)
+    while waiting:
+        if hasattr(one := waiting.pop(), "__tensor_flatten__"):
+            waiting += [getattr(one, name) for name in one.__tensor_flatten__()[0]]
+        else:
+            yield one
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is what every way is asked to quantise."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether a module is what every way is asked to quantise: not the part of torch's attention in a vision tower."""
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _is_experts(module: nn.Module, tensor: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 import logging
 import os
@@ -14,15 +16,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from quantbench import machine, quantisers
-from quantbench.inspection import audit, cache_bytes_per_token, check, need_memory, on_meta, quiet, weights_estimate
+from quantbench.inspection import audit, cache_bytes_per_token, check, load_estimate, need_memory, on_meta, quiet
 from quantbench.settings import Setting, Workload, find_setting
-from quantbench.weights import Source, check_name, checkpoint, config_of, find
+from quantbench.weights import VOCABULARIES, Source, check_name, checkpoint, config_of, files_of, find
+from quantbench.wording import cut, listed
 
 LEFT_BEHIND = 2**20  # bytes that may stay allocated after close before it is worth a warning
+FEW_WORDS = 100  # a tokenizer that has no vocabulary file and fewer tokens than this has special tokens alone
+MASKS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "inv_freq")  # never weights
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else: a missing optional CPU kernel, at every load
 
 
@@ -45,7 +50,8 @@ class LoadedModel:
 
     def encode(self, prompt: str, batch_size: int = 1) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` on the device, each of shape [batch_size, prompt tokens]."""
-        ids = torch.tensor([self.tokenizer.encode(prompt)], device=self.model.device).repeat(batch_size, 1)
+        ids = tokens_of(self.tokenizer, prompt, self.model.config, self.name)
+        ids = torch.tensor([ids], device=self.model.device).repeat(batch_size, 1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def decode(self, ids: torch.Tensor) -> str | None:
@@ -89,20 +95,19 @@ class LoadedModel:
 
 
 def load(model: str | os.PathLike, setting: str, weights: str | None = None) -> LoadedModel:
-    """Load `model` (a row of MODELS, a Hub id or a local folder) under `setting`, and audit it.
+    """Load `model` (a row of MODELS, a Hub id or a local folder: see `check_name`) under `setting`, and audit it.
 
     `weights="random"` takes seeded random weights where real ones could be had. Raises ValueError for an unknown
-    model or setting, AuditError for a model that is not quantised as its setting says. What the machine cannot do
-    (no GPU, no memory) does not raise: it is the `status` and `reason` of what is returned, and `generate` makes
-    a row of it.
+    model or setting, and for a checkpoint that is damaged, incomplete, quantised itself or no causal language model;
+    AuditError for a model that is not quantised as its setting says. What the machine cannot do (no GPU, no memory, no
+    package) does not raise: it is the `status` and `reason` of what is returned, and `generate` makes a row of it.
     """
-    row, model = find_setting(setting), os.fspath(model)
-    check_name(model, weights)
+    row, name = find_setting(setting), check_name(model, weights)
     if reason := why_not(row):
-        lm = LoadedModel(model, row)
+        lm = LoadedModel(name, row)
         lm.status, lm.reason = "unavailable", reason
         return lm
-    return load_source(find(model, weights), row)
+    return load_source(find(name, weights), row)
 
 
 def why_not(setting: Setting) -> str | None:
@@ -115,10 +120,17 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
     lm = LoadedModel(source.name, setting)
     lm.weights, lm.revision = source.weights, source.revision
     try:
-        if (config := config_of(source)) is not None:
-            need_memory(weights_estimate(on_meta(config), setting), machine.free_bytes(setting.device), "its weights")
+        config = config_of(source)
+        own = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+        if reason := quantisers.find_quantiser(setting.quantisation).why_not_checkpoint(own, setting):
+            lm.status, lm.reason = "unavailable", reason
+            return lm
+        if config is not None:
+            need_memory(load_estimate(on_meta(config), setting), machine.free_bytes(setting.device), "its weights")
         folder = checkpoint(source)
-        _load_timed(lm, folder)
+        config = config or config_of(dataclasses.replace(source, folder=folder, gguf=None))
+        shapes = on_meta(config)  # before transformers writes into it
+        _load_timed(lm, folder, config)
     except (RuntimeError, MemoryError) as error:
         if (reason := machine.out_of_memory(error)) is None:
             raise
@@ -127,8 +139,8 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
         gc.collect()
         machine.release(lm.device)
         return lm
-    lm.tokenizer = _tokenizer(folder, lm.model.config.get_text_config().vocab_size)
-    lm.audit = audit(lm.model, cache_bytes_per_token(on_meta(lm.model.config), lm.model.dtype.itemsize))
+    lm.tokenizer = _tokenizer(folder, config.get_text_config().vocab_size)
+    lm.audit = audit(lm.model, cache_bytes_per_token(shapes, lm.model.dtype.itemsize))
     lm.weights_bytes = sum(lm.audit["bytes"].values())
     check(lm.audit, setting)
     return lm
@@ -149,8 +161,9 @@ def check_context(source: Source, workload: Workload) -> None:
     """Raise OverLength, before anything is loaded, if the workload is over the model's context length."""
     if (config := config_of(source)) is None:
         return
-    folder = source.folder or Path((source.config or {}).get("folder", ""))
-    prompt = _tokenizer(folder, config.get_text_config().vocab_size).encode(workload.prompt)
+    folder = source.folder or (source.config or {}).get("folder")
+    tokenizer = _tokenizer(folder and Path(folder), config.get_text_config().vocab_size)
+    prompt = tokens_of(tokenizer, workload.prompt, config, source.name)
     check_length(source.name, len(prompt), workload, context_length(config))
 
 
@@ -161,40 +174,55 @@ def context_length(config: object) -> int | None:
                  if isinstance(found := getattr(text, name, None), int) and found > 0), None)
 
 
-def _load_timed(lm: LoadedModel, folder: Path) -> None:
+def _load_timed(lm: LoadedModel, folder: Path, config: PretrainedConfig) -> None:
     """Fill `lm` with the model, the seconds it took and what it holds."""
     machine.release(lm.device)
     lm.held_before_bytes, lm.device_before_bytes = machine.held_bytes(lm.device), machine.device_bytes()
     has_peak = machine.reset_peak(lm.device)
     start = time.perf_counter()
-    lm.model = _from_folder(folder, lm.setting)
+    lm.model = _from_folder(folder, config, lm.setting)
     machine.synchronize(lm.device)
     lm.load_s = time.perf_counter() - start
     lm.held_after_bytes = machine.held_bytes(lm.device)
     lm.load_peak_bytes = machine.peak_bytes(lm.device) - lm.held_before_bytes if has_peak else None
 
 
-def _from_folder(folder: Path, setting: Setting) -> nn.Module:
+def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn.Module:
     way = quantisers.find_quantiser(setting.quantisation)
-    config, how = way.config(setting), {"dtype": getattr(torch, setting.dtype)}
-    if config is not None:
-        how["quantization_config"] = config
-    if config is not None or setting.device == "cuda":
+    how, asked = {"dtype": getattr(torch, setting.dtype, setting.dtype)}, way.config(setting)
+    if asked is not None:
+        how["quantization_config"] = asked
+    if setting.quantisation != "none" or setting.device == "cuda":
         how["device_map"] = {"": setting.device}
     with quiet():
-        model, told = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True,
-                                                           trust_remote_code=False, output_loading_info=True, **how)
-        if lost := sorted(told["missing_keys"]):  # transformers would make them up
-            raise ValueError(f"{len(lost)} of the model's weights are not in the checkpoint, such as {lost[0]}")
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True, **how)
+        _check_keys(model, told, setting)
         if setting.linear:
             conv1d_to_linear(model)
         way.apply(model, setting)
     model.eval().requires_grad_(False)
-    stop = model.generation_config.eos_token_id
-    pad = stop[0] if isinstance(stop, list) and stop else stop or 0
+    stop, words = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
+    stop = [one for one in (stop if isinstance(stop, list) else [stop]) if one is not None and 0 <= one < words] or None
     # the checkpoint's own sampling and repetition penalties would change what is timed
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=pad or 0, do_sample=False)
+    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[0] if stop else 0, do_sample=False)
     return model
+
+
+def _check_keys(model: nn.Module, told: dict, setting: Setting) -> None:
+    """Raise ValueError for weights that transformers would make up, or drop though there is a place for them."""
+    places = {name for name, _ in model.named_modules() if "." in name}
+    dropped = [] if setting.quantisation == "stored" else [
+        key for key in told["unexpected_keys"] if not key.endswith(MASKS)
+        and any(key.startswith(place + ".") for place in places)]
+    for what, keys in (("not in the checkpoint", told["missing_keys"]), ("not in the model", dropped),
+                       ("of another shape than the model's", [key for key, *_ in told["mismatched_keys"]])):
+        if keys := sorted(keys):
+            others = sorted(set(told["unexpected_keys"]) - set(keys))[:1]
+            also = f"; it has {cut(others[0], 80)}" if others else ""
+            named = listed([cut(key, 80) for key in keys[:3]])
+            raise ValueError(f"{len(keys)} weights are {what}, such as {named}{also}")
 
 
 def conv1d_to_linear(model: nn.Module) -> None:
@@ -208,10 +236,32 @@ def conv1d_to_linear(model: nn.Module) -> None:
                 setattr(parent, name, linear)
 
 
-def _tokenizer(folder: Path, vocab_size: int):
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return StandInTokenizer(vocab_size)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+@functools.lru_cache(maxsize=4)
+def _tokenizer(folder: Path | None, words: int) -> object:
+    """Whatever AutoTokenizer reads there; a stand-in where there is none. Raises ValueError for one that is broken, or
+    that has more tokens than the model has `words`."""
+    found, has = None, folder and files_of(folder)
+    if has:
+        try:
+            with quiet():
+                found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of several libraries
+            if files_of(folder, VOCABULARIES):
+                raise ValueError(f"the tokenizer in {folder.name} cannot be read: {cut(error, 200)}") from None
+    if found is None or found.vocab_size < FEW_WORDS and not files_of(folder, VOCABULARIES):
+        return StandInTokenizer(words)
+    if found.vocab_size > words:
+        raise ValueError(f"the tokenizer has {found.vocab_size} tokens and the model {words}: it is another model's")
+    return found
+
+
+def tokens_of(tokenizer: object, prompt: str, config: PretrainedConfig, name: str) -> list[int]:
+    """The prompt's ids; raises ValueError for none, and for ids that the model has no embedding for."""
+    ids, words = tokenizer.encode(prompt), config.get_text_config().vocab_size
+    if not ids or max(ids) >= words:
+        said = f"token {max(ids)}, and the model has {words}" if ids else "no tokens"
+        raise ValueError(f"{name}: its tokenizer makes {said} of the prompt {cut(prompt, 40)!r}")
+    return ids
 
 
 class StandInTokenizer:

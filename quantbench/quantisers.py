@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 
 
 class Quantiser:
@@ -46,6 +46,15 @@ class Quantiser:
 
     def not_captured(self, setting: Setting) -> str | None:
         """Why its decode step cannot be captured; None when it can."""
+        return None
+
+    def why_not_checkpoint(self, own: object, setting: Setting) -> str | None:
+        """Why a checkpoint whose configuration has this quantisation (None: none) cannot be loaded here; None when it
+        can. Raises ValueError for one that needs another setting."""
+        if own:
+            stored = "gpu-stored" if setting.device == "cuda" else "cpu-stored"
+            raise ValueError(f"the checkpoint itself is quantised ({quantised_as(own)}), it cannot be measured as "
+                             f"{setting.label}: ask for {stored}, or for weights='random'")
         return None
 
     def config(self, setting: Setting) -> object | None:
@@ -186,6 +195,7 @@ QUANTISERS = Registry("quantiser", {
     "bnb-nf4": Int4Bitsandbytes("nf4"),
     "bnb-fp4": Int4Bitsandbytes("fp4"),
     "dynamic-int8": DynamicInt8(),
+    "stored": "quantbench.methods.stored:STORED",  # last: it owns what no other does
 })
 find_quantiser = QUANTISERS.find
 
@@ -198,6 +208,13 @@ def why_not(setting: Setting, facts: dict) -> str | None:
         major, minor = facts["gpu_capability"]
         return f"compute capability {major}.{minor} only emulates bfloat16 (8.0 or later has it)"
     return find_quantiser(setting.quantisation).why_not(setting, facts)
+
+
+def quantised_as(own: object) -> str:
+    """A checkpoint's own quantisation in words: "gptq, 4 bits"."""
+    values = own if isinstance(own, dict) else own.to_dict()
+    bits = 4 if values.get("load_in_4bit") else 8 if values.get("load_in_8bit") else values.get("bits")
+    return str(values.get("quant_method", "by an unnamed method")) + (f", {bits} bits" if bits else "")
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -72,7 +72,10 @@ SETTINGS = Registry("setting", {row.key: row for row in (
     Setting("cpu-bf16", "CPU BF16", "cpu", "bfloat16", linear=True),
     Setting("cpu-int8", "CPU INT8", "cpu", "float16", "bnb-int8"),
     Setting("cpu-int4", "CPU INT4", "cpu", "float16", "bnb-nf4"),
-    Setting("cpu-int8-dynamic", "CPU INT8 dynamic", "cpu", "float32", "dynamic-int8", linear=True))})
+    Setting("cpu-int8-dynamic", "CPU INT8 dynamic", "cpu", "float32", "dynamic-int8", linear=True),
+    # a checkpoint that is quantised itself, as it is
+    Setting("gpu-stored", "GPU as stored", "cuda", "auto", "stored"),
+    Setting("cpu-stored", "CPU as stored", "cpu", "auto", "stored"))})
 find_setting = SETTINGS.find
 EXPERIMENT: tuple[str, ...] = tuple(SETTINGS)[:4]  # the published one's settings
 BASELINES = ("gpu-fp16", "cpu-fp32")  # ratios are to the first that was measured
@@ -105,7 +108,8 @@ MODELS: dict[str, Model] = {row.key: row for row in (
 
 def more_settings(facts: dict) -> tuple[str, ...]:
     """What to measure besides the published four: without a GPU, the CPU's own; with one, nothing that is not asked."""
-    cpu = (key for key, row in SETTINGS.items() if row.device == "cpu" and key not in EXPERIMENT)
+    cpu = (key for key, row in SETTINGS.items() if row.device == "cpu" and key not in EXPERIMENT
+           and row.quantisation != "stored")
     return () if facts.get("gpu") else tuple(cpu)
 
 

