@@ -3,17 +3,21 @@
 import contextlib
 import http.server
 import importlib.metadata
+import json
 import platform
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
+import huggingface_hub.hf_api
+import numpy
 import pytest
+import safetensors.numpy
 
+from quantbench.making import hub
 from quantbench.settings import MODELS
-from quantbench.weights import checkpoint, find, hub_answers
+from quantbench.weights import check_name, checkpoint, config_of, find, hub_answers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -22,9 +26,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def asked_anew(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    hub_answers.cache_clear()
-    yield
-    hub_answers.cache_clear()
+    hub._silent.clear()
 
 
 @pytest.fixture
@@ -66,20 +68,22 @@ def test_a_folder_with_safetensors_is_pretrained(tmp_path):
                                             (["pytorch_model.bin"], "random")])
 def test_a_folder_with_a_config_alone_is_random_and_any_other_can_be(tmp_path, names, weights):
     source = find(str(holding(tmp_path / "m", "config.json", *names)), weights)
-    assert (source.weights, source.revision, source.folder) == ("random", "seed 0", None)
+    assert (source.weights, source.folder) == ("random", None) and source.revision.startswith("seed 0, files ")
     assert source.config == {"folder": str(tmp_path / "m")}
 
 
 def test_pickled_weights_are_refused(tmp_path):
     folder = str(holding(tmp_path / "m", "config.json", "pytorch_model.bin"))
     for weights in (None, "pretrained"):
-        with pytest.raises(ValueError, match="holds no safetensors file; pickled weights are never loaded"):
+        with pytest.raises(ValueError, match="no model.safetensors, only pytorch_model.bin: pickled"):
             find(folder, weights)
 
 
 @pytest.mark.parametrize("names, weights, message", [
     (["model.safetensors"], None, "holds no config.json"),
-    (["config.json"], "pretrained", "holds no safetensors"),
+    (["config.json"], "pretrained", "holds no model.safetensors"),
+    (["config.json", "consolidated.safetensors"], None, "no model.safetensors, only consolidated.safetensors"),
+    (["config.json", "adapter_config.json", "model.safetensors"], None, "holds an adapter"),
     (["config.json", "model.safetensors"], "bundled", "is no package"),
 ])
 def test_a_folder_that_lacks_what_is_asked_is_refused(tmp_path, names, weights, message):
@@ -87,7 +91,68 @@ def test_a_folder_that_lacks_what_is_asked_is_refused(tmp_path, names, weights, 
         find(str(holding(tmp_path / "m", *names)), weights)
 
 
+def written(folder: Path, *names: str) -> Path:
+    """A folder with a tiny llama's configuration and whole files of weights."""
+    holding(folder, "tokenizer.json")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for name in names or ["model.safetensors"]:
+        safetensors.numpy.save_file({"x": numpy.ones(64, numpy.float32)}, folder / name)
+    return folder
+
+
+def test_files_that_are_missing_cut_or_pointers_are_named(tmp_path):
+    folder = written(tmp_path / "m")
+    whole, pointer = (folder / "model.safetensors").read_bytes(), b"version https://git-lfs.github.com/spec/v1\noid"
+    assert checkpoint(find(folder)) == folder
+    for name, content, message in (
+            ("model.safetensors", whole[:-9], "model.safetensors is cut short"), ("model.safetensors", b"", "is cut"),
+            ("model.safetensors", pointer, "model.safetensors is a pointer that git-lfs left"),
+            ("tokenizer.json", pointer, "tokenizer.json is a pointer")):
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            checkpoint(find(folder))
+    shards = written(tmp_path / "shards", "a-1.safetensors")
+    files = {"x": "a-1.safetensors", "y": "a-2.safetensors"}
+    for index, message in ({"weight_map": files}, "a-2.safetensors is missing"), ([], "is no index of weights"):
+        (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=message):
+            checkpoint(find(shards))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "config.json cannot be read"), ("[1]", "config.json cannot be read"), ("{}", "another transformers"),
+    ('{"model_type": "other", "auto_map": {"AutoConfig": "x.C"}}', "code of its own, and code in a .* never run"),
+    ('{"model_type": "llama", "hidden_size": "many"}', "not valid for 'llama'"),
+    ('{"model_type": "t5"}', "an encoder-decoder"), ('{"model_type": "bart"}', "an encoder-decoder"),
+    ('{"model_type": "bert"}', "read in both directions"), ('{"model_type": "vit"}', "not a causal language model")])
+def test_what_is_no_causal_language_model_is_told_from_its_configuration_alone(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        config_of(find(tmp_path))
+    assert len(str(error.value)) < 400
+
+
+def test_an_encoder_that_is_a_decoder_and_attention_of_other_packages_are_no_fault(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "is_decoder": True,
+                                                      "_attn_implementation": "flash_attention_2"}))
+    assert config_of(find(tmp_path))._attn_implementation is None
+
+
 # ---- names ----
+
+def test_the_folder_that_happens_to_be_here_is_never_taken_for_a_name(tmp_path, monkeypatch, offline):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "owner/name", "mine"):
+        written(tmp_path / name)
+    with pytest.warns(UserWarning, match="gpt2: random weights, because HF_HUB_OFFLINE is set"):
+        assert find("gpt2").weights == "random"
+    for name in ("owner/name", "mine"):
+        with pytest.raises(ValueError, match=f"for the folder here write './{name}'"):
+            find(name)
+    assert check_name(Path("mine")) == "./mine" and find(Path("owner/name")).weights == "pretrained"
+    with pytest.raises(ValueError, match="there is no folder './nobody'"):
+        find("./nobody")
+
 
 @pytest.mark.parametrize("weights", [None, "random", "pretrained"])
 def test_an_unknown_name_names_the_nearest(weights):
@@ -98,7 +163,7 @@ def test_an_unknown_name_names_the_nearest(weights):
 
 
 def test_gpt2_is_random_and_exact_where_the_hub_does_not_answer(offline):
-    source = find("gpt2")
+    source = find("gpt2", "random")
     assert (source.weights, source.revision, source.folder) == ("random", "seed 0", None)
     assert source.config == {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768}
 
@@ -112,16 +177,18 @@ def test_the_hubs_cache_is_used_offline(offline):
 
 def test_a_cache_with_the_config_alone_is_no_checkpoint(offline):
     cached(offline, MODELS["gpt2"].hub, "config.json")
-    assert find("gpt2").weights == "random"
     with pytest.raises(ValueError, match="no weights for 'gpt2'"):
         find("gpt2", weights="pretrained")
+    cached(offline, "someone/pickles", "config.json", "pytorch_model.bin")
+    with pytest.raises(ValueError, match="'someone/pickles' holds .* only pytorch_model.bin: pickled"):
+        find("someone/pickles")
+    assert find("someone/pickles", "random").revision == "seed 0, config 0123456789ab"
 
 
 @pytest.mark.parametrize("name, weights, message", [
-    ("gpt2", "pretrained", "the Hub does not answer.*give a local folder"),
-    ("someone/something", None, "the Hub does not answer.*give a local folder"),
+    ("gpt2", "pretrained", "HF_HUB_OFFLINE is set; give a local folder"),
+    ("someone/something", None, "HF_HUB_OFFLINE is set; give a local folder"),
     ("gpt2", "bundled", "no installed package ships them"),
-    ("smollm2-135m", "random", "no architecture is kept for 'smollm2-135m'"),
 ])
 def test_weights_that_cannot_be_had_are_refused(offline, name, weights, message):
     with pytest.raises(ValueError, match=message):
@@ -155,51 +222,75 @@ def test_a_checkpoint_is_made_once_and_only_what_dead_processes_of_this_host_lef
 # ---- the Hub ----
 
 @contextlib.contextmanager
-def hub(status: int):
-    """A server that answers every request with `status`; gives its address and the list of requests it got."""
-    asked = []
+def server(kind: str):
+    """A server that answers every request as `kind` says: a status, or one of several ways to be no Hub."""
+    stop = threading.Event()
 
     class Answer(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            asked.append(self.path)
-            self.send_response(status)
+        def do_GET(self):
+            if kind == "hangs":
+                stop.wait(30)
+                return
+            body = {"html": b"<html>sign in</html>", "other json": b"{}", "drips": b" " * 99}.get(kind, b"")
+            self.send_response(302 if kind == "redirects" else int(kind) if kind.isdigit() else 200)
+            self.send_header("Location", self.path + "x")
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            for byte in body:
+                if kind == "drips" and stop.wait(0.2):
+                    return
+                self.wfile.write(bytes([byte]))
+
+        do_HEAD = do_GET
 
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}).start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
+            yield f"http://127.0.0.1:{running.server_port}"
         finally:
-            server.shutdown()
+            stop.set()
+            running.shutdown()
 
 
 def online(monkeypatch, address: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+    monkeypatch.setattr(hub, "PATIENCE_S", 1.0)
 
 
-@pytest.mark.parametrize("status, answers", [(200, True), (401, True), (404, True), (407, False), (503, False)])
-def test_the_hub_is_asked_once(monkeypatch, status, answers):
-    with hub(status) as (address, asked):
+@pytest.mark.parametrize("kind, cause", [
+    ("hangs", "no whole answer within 1 s"), ("drips", "no whole answer within 1 s"), ("redirects", "redirects"),
+    ("html", "something else than the Hub answers"), ("other json", "something else than the Hub answers"),
+    ("407", "407"), ("503", "503")])
+def test_a_hub_out_of_reach_costs_one_deadline_and_gpt2_says_why_it_is_random(offline, monkeypatch, kind, cause):
+    with server(kind) as address:
         online(monkeypatch, address)
-        assert [hub_answers(), hub_answers()] == [answers, answers] and len(asked) == 1
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        hub_answers.cache_clear()
-        assert not hub_answers() and len(asked) == 1
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=f"no weights for 'someone/something': .*{cause}.*; give a local folder"):
+            find("someone/something")
+        with pytest.warns(UserWarning, match=f"gpt2: random weights, because .*{cause}"):
+            assert find("gpt2").weights == "random"
+        assert not hub_answers() and time.monotonic() - start < 2  # asked once
+
+
+@pytest.mark.parametrize("status, cause", [
+    ("401", "does not take the token"), ("403", "is gated"), ("404", "the Hub has no 'openai-community/gpt2'"),
+    ("429", "too many requests")])
+def test_what_the_hub_refuses_is_refused_in_a_sentence_unless_the_cache_has_it(offline, monkeypatch, status, cause):
+    with server(status) as address:
+        online(monkeypatch, address)
+        with pytest.raises(ValueError, match=cause) as error:
+            find("gpt2")
+        assert len(str(error.value)) < 200 and hub_answers()
+        cached(offline, MODELS["gpt2"].hub, "config.json", "model.safetensors")
+        assert find("gpt2").revision == COMMIT
 
 
 @pytest.mark.parametrize("address", ["", "hub.local", "http://127.0.0.1:1"])
 def test_an_address_that_leads_nowhere_does_not_answer(monkeypatch, address):
     online(monkeypatch, address)
     assert not hub_answers()
-
-
-def test_a_hub_that_hangs_costs_seconds_not_minutes(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the call and says nothing
-        online(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
-        start = time.perf_counter()
-        assert not hub_answers()
-        assert time.perf_counter() - start < 8

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import hf_raise_for_status
 
 from quantbench.settings import MODELS, unknown
@@ -34,8 +35,9 @@ def snapshot(name: str, repo: str, config_alone: bool) -> tuple[Path, OSError | 
     except NoHub as error:
         why = error
     except OSError as error:
-        said = REFUSALS.get(status := error.response.status_code, f"the Hub answers {status} for {{!r}}").format(repo)
-        why = ValueError(f"{unknown('model', name, MODELS)} {said}" if status == 404 else said)
+        status = 403 if isinstance(error, GatedRepoError) else error.response.status_code
+        said = REFUSALS.get(status, f"the Hub answers {status} for {{!r}}").format(repo)
+        why = ValueError(said if status != 404 or name in MODELS else f"{unknown('model', name, MODELS)} {said}")
     files = _CONFIG if config_alone else _CONFIG + _WEIGHTS
     try:
         folder = snapshot_download(repo, revision=commit, allow_patterns=files, local_files_only=commit is None)
@@ -73,7 +75,7 @@ def ask(work: Callable) -> object:
             raise
         no_json = isinstance(error, (ValueError, LookupError, TypeError, AttributeError)) and not status
         why = "something else than the Hub answers, such as a network's sign-in page" if no_json else \
-            f"the Hub cannot be reached ({cut(error, 100)})"
+            f"the Hub cannot be reached ({status or cut(error, 100)})"
     _silent[constants.ENDPOINT] = time.monotonic() + SILENT_S, why
     raise NoHub(why)
 
