@@ -1,5 +1,6 @@
 # make bench    measure this machine: notebook 01 headless, rows and charts under results/local/
 # make test     every test
+# make test-models  50 tiny architectures under every CPU setting and engine: once a release
 # make notebook open the notebooks in JupyterLab
 # make readme   write README.md, results/README.md and their charts anew from results/published/
 # make test-colab  the notebooks in a replica of Colab's image (Python 3.13; its first run installs 5 GB into build/)
@@ -20,7 +21,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 ADDRESSED := pyproject.toml README.md CONTRIBUTING.md $(wildcard notebooks/*.ipynb)
 
-.PHONY: bench test test-colab test-browser notebook readme address clean
+.PHONY: bench test test-models test-colab test-browser notebook readme address clean
 
 bench: $(VENV)/ready
 	mkdir -p $(OUT)
@@ -30,8 +31,11 @@ bench: $(VENV)/ready
 	@ls -d $(OUT)/*
 
 test: $(VENV)/ready
-	$(BIN)/pytest -q -n 2 --dist loadfile -m "not alone"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not alone and not models"
 	$(BIN)/pytest -q -m alone
+
+test-models: $(VENV)/ready
+	$(BIN)/pytest -q -n 2 -m models tests/test_models.py
 
 test-colab:
 	$(PYTHON) tests/colab/replica.py $(PYTHON313) $(NOTEBOOKS)
