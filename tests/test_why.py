@@ -37,25 +37,14 @@ def row(step_ms: float = 20.0, trace: dict | None = None, **fields) -> qb.Measur
 
 @pytest.mark.alone
 def test_the_limits_are_those_of_a_plain_measurement():
-    start = time.perf_counter()
-    found = qb.limits("cpu")
-    assert time.perf_counter() - start < 30
-    array = torch.ones(2**27)  # 512 MiB
+    found, array = qb.limits("cpu"), torch.ones(2**27)  # 512 MiB
     seconds = timeit.repeat(array.sum, number=1, repeat=30)
     assert found.read_bytes_per_s == pytest.approx(array.nbytes / min(seconds), rel=0.5)
     assert set(found.matrix_flops_per_s) == {"float32", "float16", "bfloat16", "int8"}
     assert all(rate > 1e9 for rate in found.matrix_flops_per_s.values())
-    assert found.machine == qb.facts() and found.versions == qb.versions() and found.device == "cpu"
-    assert "GB/s" in repr(found) and "<table>" in found._repr_html_()
+    assert found.key == ("cpu", qb.facts()["cpu"]) and "GB/s" in repr(found) and "<table>" in found._repr_html_()
     with pytest.raises(ValueError, match="no device 'tpu'"):
         qb.limits("tpu")
-
-
-def test_limits_are_a_record_of_a_run_and_others_of_the_same_device_replace_them(tmp_path):
-    run = qb.Run.open(tmp_path / "rows.jsonl")
-    for rate in (1e9, 10e9):
-        run.add(dataclasses.replace(LIMITS, read_bytes_per_s=rate))
-    assert qb.Run.read(run.path).limits == run.limits and [one.read_bytes_per_s for one in run.limits] == [10e9]
 
 
 def test_the_floors_of_a_step_and_of_a_prefill_by_hand():
@@ -117,20 +106,13 @@ def test_known_parts_are_found_whatever_the_length_of_the_prefill(tiny_gpt2, mon
 
 
 @pytest.mark.parametrize("setting", ["cpu-fp32", "cpu-int8", "cpu-int4", "cpu-int8-dynamic"])
-def test_a_trace_divides_the_time_and_touches_no_timed_sample(tiny, setting):
-    profiled = []
-
-    def clock() -> float:
-        profiled.append(torch.autograd._profiler_enabled())
-        return time.perf_counter()
-
+def test_a_trace_divides_the_time_and_changes_nothing_else(tiny, setting):
     with qb.load(tiny, setting) as lm:
-        plain = qb.generate(lm, max_new_tokens=8, repeats=3, clock=clock, progress=False)
+        plain = qb.generate(lm, max_new_tokens=8, repeats=3, progress=False)
         traced = qb.trace(lm, plain)
-        one_token = qb.trace(lm, qb.generate(lm, max_new_tokens=1, repeats=1, progress=False))
-    assert profiled and not any(profiled) and set(one_token.trace) == {"prefill"}
-    assert plain.trace is None and dataclasses.replace(traced, trace=None) == plain
-    assert qb.trace(lm, dataclasses.replace(plain, status="failed")).trace is None
+        one_token = qb.trace(lm, dataclasses.replace(plain, max_new_tokens=1))
+        assert qb.trace(lm, dataclasses.replace(plain, status="failed")).trace is None
+    assert set(one_token.trace) == {"prefill"} and dataclasses.replace(traced, trace=None) == plain
     for one in traced.trace.values():
         assert one["device_s"] == pytest.approx(sum(one["kinds"].values())) and one["kernels"] > 20
         assert one["kinds"]["attention"] > 0 and one["kinds"]["products"] + one["kinds"]["quantised"] > 0
@@ -139,11 +121,8 @@ def test_a_trace_divides_the_time_and_touches_no_timed_sample(tiny, setting):
 
 @pytest.mark.parametrize("name, kind", [
     ("nvjet_sm90_hsh_64x8_64x16_4x1_v_bz_bias_NNT", "products"), ("triton_tem_fused_addmm_0", "products"),
+    ("aten::linear", "products"), ("void kdequant_mm_int32_fp16<4, 512>", "quantisation"), ("aten::add", "other"),
     ("fmha_cutlassF_f32_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "attention"),
-    ("cudnn_generated_fort_native_sdpa_sm80_flash_fprop", "attention"),
-    ("void kInt8VectorQuant<__half, 1024, 1>", "quantisation"), ("void kdequant_mm_int32_fp16<4, 512>", "quantisation"),
-    ("bitsandbytes::int8_vectorwise_quant", "quantisation"), ("aten::linear", "products"),
-    ("void at::native::vectorized_layer_norm_kernel", "other"), ("aten::add", "other"),
     ("void gemm_4bit_simt<__half, 1>", "bnb-nf4"), ("cutlass_80_tensorop_i16832gemm_s8_256x128_128x3_tn", "bnb-int8"),
     ("bitsandbytes::int8_scaled_mm", "bnb-int8"), ("quantized::linear_dynamic", "dynamic-int8")])
 def test_kernels_and_operators_are_known_by_their_names(name, kind):
@@ -164,15 +143,14 @@ def test_kernels_and_operators_are_known_by_their_names(name, kind):
     (20, part(21, products=21), "compute-bound", {"idle": 0.0, "reading": 10 / 21})])  # a profiler's 5%
 def test_the_verdict_is_the_largest_cause_of_the_measured_time(step_ms, trace, kind, share):
     found = qb.verdict(row(step_ms, trace={"step": trace}), LIMITS)
-    assert found.kind == kind and sum(found.shares.values()) == pytest.approx(1)
+    assert found.kind == kind and sum(found.shares.values()) == pytest.approx(1) and min(found.shares.values()) >= 0
     assert {name: found.shares[name] for name in share} == pytest.approx(share)
-    assert all(one >= 0 for one in found.shares.values())
 
 
 def test_a_large_batch_is_compute_bound_at_its_floor_and_the_prefill_is_judged_by_itself():
     big = row(batch_size=300, trace={"step": part(19, products=18)})  # its products take 15 ms at the measured rate
-    assert qb.verdict(big, LIMITS).shares["computing"] == pytest.approx(15 / 20)
-    assert qb.verdict(big, LIMITS).kind == "compute-bound"
+    found = qb.verdict(big, LIMITS)
+    assert found.kind == "compute-bound" and found.shares["computing"] == pytest.approx(15 / 20)
     both = row(trace={"step": part(6, products=5), "prefill": part(45, products=44)})  # of 50 ms, 10 at its floor
     assert qb.verdict(both, LIMITS, "prefill").kind == "compute-bound"
     assert "its prefill is compute-bound" in qb.explain(qb.Run([both, LIMITS]))[0]

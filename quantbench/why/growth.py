@@ -13,8 +13,6 @@ from quantbench.labels import Cell, cells, machine_of
 from quantbench.records import Measurement
 from quantbench.wording import listed
 
-Line = list[tuple[Cell, Cell, Ratio]]  # a setting's cells, each with its baseline and its ratio to it
-
 
 def crossovers(run: Iterable[Measurement]) -> Findings:
     """Per setting, where it is faster than the baseline of `ratios` and where it is not, by the rounds that both were
@@ -50,10 +48,9 @@ def plot_scaling(run: Iterable[Measurement]) -> Figure:
     return figure
 
 
-def _lines(named: list[Cell]) -> dict[str, Line]:
-    """Every setting that has two ratios or more, by the baseline's size and the batch's."""
-    lines: dict[str, Line] = {}
-    found = [one for one in beside(named) if None not in one]
-    for cell, base, ratio in sorted(found, key=lambda one: (one[1].row.weights_gb or 0.0, one[0].title)):
-        lines.setdefault(cell.setting, []).append((cell, base, ratio))
+def _lines(named: list[Cell]) -> dict[str, list[tuple[Cell, Cell, Ratio]]]:
+    """Of every setting with two ratios or more: cell, baseline and ratio, by the baseline's size and the batch's."""
+    found, lines = [one for one in beside(named) if None not in one], {}
+    for one in sorted(found, key=lambda one: (one[1].row.weights_gb or 0.0, one[0].title)):
+        lines.setdefault(one[0].setting, []).append(one)
     return {setting: line for setting, line in lines.items() if len(line) > 1}

@@ -66,6 +66,7 @@ def plot_memory(run: Iterable[Measurement]) -> Figure:
         ax.bar_label(ax.containers[-1], part[list(PARTS)].sum(axis=1).map("{:.0f}".format), padding=3, size=SMALL)
         ax.set_yticks(range(len(part)), part["Setting"] + ", " + part["Workload"], size=TEXT, parse_math=False)
         ax.set_title(title, loc="left", size=TEXT, weight="bold", color=INK, parse_math=False)
+        ax.margins(x=0.1)
         ax.invert_yaxis()
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=len(PARTS), fontsize=SMALL)
     title = f"Where the bytes are (MB) · {machine}"

@@ -32,14 +32,13 @@ KINDS = {
 
 
 def trace(lm: LoadedModel, row: Measurement) -> Measurement:
-    """`row`, which `generate` measured of `lm`, with its `trace`: where the time goes, per call of the prefill and per
-    decode step, each by itself. A row that is not ok comes back as it is.
+    """`row`, which `generate` measured of `lm`, with its `trace`, per call of the prefill and per decode step, each by
+    itself: three prefills, and up to 16 steps in the middle, where the KV cache has its mean length, run again under
+    torch's profiler. A row that is not ok comes back as it is.
 
-    The prompt is read three times, and one more text is begun, under torch's profiler: of its steps up to 16 in the
-    middle are traced, where the KV cache has its mean length. `device_s` is the time in which the device worked: on a
-    GPU the union of its kernels' times, on a CPU the time inside torch's operators. `kinds` divides it into "products"
-    with weights, "quantised" ones by the quantiser's own kernels, "attention", "quantisation" outside a product, and
-    "other". `kernels` counts a GPU's kernels and copies, or the operators that spent a CPU's time.
+    `device_s` is the time in which the device worked: the union of a GPU's kernels, or the time inside torch's
+    operators on a CPU. `kinds` divides it into "products" with weights, "quantised" ones by the quantiser's own
+    kernels, "attention", "quantisation" outside a product, and "other". `kernels` counts kernels, or operators.
     """
     if row.status != "ok":
         return row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -57,7 +56,7 @@ def verdict(row: Measurement, limits: Limits | None, part: str = "step") -> Verd
         return None
     device, spent = seen["device_s"], seen["kinds"]
     if abs(sum(spent.values()) - device) > 0.02 * device:
-        raise ValueError(f"the {part}'s trace does not sum: its kinds are not the time in which the device worked")
+        raise ValueError(f"the {part}'s trace does not sum to the time in which the device worked")
     if device > FITS * measured_s:
         raise ValueError(f"the trace does not fit the row, having more work than the {part} has time")
     shares = _shares(max(measured_s, device), device, spent, least)
@@ -89,19 +88,22 @@ def why_table(run: Iterable[Measurement]) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(NUMBERS, float)).set_index("Model")
 
 
-def _record(cell: Cell, limits: Limits | None) -> list:
+def _record(cell: Cell, limits: Limits | None) -> dict:
     row, least, found, errors = cell.row, floor(cell.row, limits), {}, []
     for part in ("step", "prefill"):
         try:
-            found[part] = verdict(row, limits, part)
+            found[part] = verdict(row, limits, part) or Verdict("", {})
         except ValueError as error:
+            found[part] = Verdict("", {})
             errors.append(str(error))
-    step, prefill = found.get("step"), found.get("prefill")
-    floors = [least.bytes / 1e6, 1000 * least.seconds, 1000 * least.read_s / (row.step_ms or math.nan)] if least else []
-    kernels = ((row.trace or {}).get("step") or {}).get("kernels")
-    shares = [100 * step.shares[name] if step else None for name in SHARES]
-    return [cell.title, cell.setting, cell.workload, row.step_ms, *(floors or [None] * 3), kernels, *shares,
-            step.kind if step else "", prefill.kind if prefill else "", "; ".join(errors) or ("" if step else NEEDED)]
+    step, prefill = found.values()
+    record = {"Model": cell.title, "Setting": cell.setting, "Workload": cell.workload, STEP: row.step_ms,
+              "Kernels/step": ((row.trace or {}).get("step") or {}).get("kernels"), "Verdict": step.kind,
+              "Prefill": prefill.kind, "Note": "; ".join(errors) or ("" if step.kind else NEEDED)}
+    if least:
+        record |= {"Reads (MB)": least.bytes / 1e6, "Floor (ms)": 1000 * least.seconds,
+                   "MBU": row.step_ms and 1000 * least.read_s / row.step_ms}
+    return record | {SHARES[name][0]: 100 * share for name, share in step.shares.items()}
 
 
 def explain(run: Iterable[Measurement]) -> Findings:
