@@ -29,6 +29,7 @@ class Quantiser:
 
     package: str | None = None
     hue: str | None = None  # of its settings in charts, "int8" or "int4"; None: the dtype's
+    starts_on: str | None = None  # the device that the weights are read to; None: the setting's
     takes_head = False  # the output head is quantised too
     stepwise = False  # a token's logits depend on what else is in the pass
     rounding: float | None = None  # the step in which activations are rounded, of the largest; None: the dtype's
@@ -195,6 +196,12 @@ QUANTISERS = Registry("quantiser", {
     "bnb-nf4": Int4Bitsandbytes("nf4"),
     "bnb-fp4": Int4Bitsandbytes("fp4"),
     "dynamic-int8": DynamicInt8(),
+    "packed-int8": "quantbench.methods.cpu_packed:INT8",
+    "packed-int4": "quantbench.methods.cpu_packed:INT4",
+    "torchao-int8": "quantbench.methods.torchao:INT8",
+    "torchao-int4": "quantbench.methods.torchao:INT4",
+    "torchao-int4-g64": "quantbench.methods.torchao:INT4_64",
+    "torchao-fp8": "quantbench.methods.torchao:FP8",
     "stored": "quantbench.methods.stored:STORED",  # last: it owns what no other does
 })
 find_quantiser = QUANTISERS.find

@@ -73,6 +73,13 @@ SETTINGS = Registry("setting", {row.key: row for row in (
     Setting("cpu-int8", "CPU INT8", "cpu", "float16", "bnb-int8"),
     Setting("cpu-int4", "CPU INT4", "cpu", "float16", "bnb-nf4"),
     Setting("cpu-int8-dynamic", "CPU INT8 dynamic", "cpu", "float32", "dynamic-int8", linear=True),
+    Setting("cpu-int8-weights", "CPU INT8 weights", "cpu", "float32", "packed-int8", linear=True),
+    Setting("cpu-int4-weights", "CPU INT4 weights", "cpu", "float32", "packed-int4", linear=True),
+    # torchao's, which leave Conv1D as it is
+    Setting("gpu-int8-torchao", "GPU INT8 torchao", "cuda", "bfloat16", "torchao-int8", linear=True),
+    Setting("gpu-int4-torchao", "GPU INT4 torchao", "cuda", "bfloat16", "torchao-int4", linear=True),
+    Setting("gpu-int4-torchao-g64", "GPU INT4 torchao g64", "cuda", "bfloat16", "torchao-int4-g64", linear=True),
+    Setting("gpu-fp8-torchao", "GPU FP8 torchao", "cuda", "bfloat16", "torchao-fp8", linear=True),
     # a checkpoint that is quantised itself, as it is
     Setting("gpu-stored", "GPU as stored", "cuda", "auto", "stored"),
     Setting("cpu-stored", "CPU as stored", "cpu", "auto", "stored"))})

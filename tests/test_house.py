@@ -24,7 +24,7 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 MODULES = [name for name in FILES if not name.endswith("__init__")]
 ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 TOP = {"choice", "widgets"}  # may call any room
-FOUND_BY_NAME = {"engines", "making"}  # rooms that nobody imports: a registry says where they are
+FOUND_BY_NAME = {"engines", "making", "methods"}  # rooms that nobody imports: a registry says where they are
 MEASURING, SHOWING = {"torch", "transformers", "bitsandbytes", "accelerate"}, {"pandas", "matplotlib"}
 
 

@@ -12,7 +12,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.product(x.reshape(-1, self.in_features).to(torch.bfloat16))
+        out = self.product(x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous())
         out = out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
         return out if self.bias is None else out + self.bias
 
