@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
 import os
@@ -151,9 +152,8 @@ class OverLength(ValueError):
 
 def check_length(name: str, prompt_tokens: int, workload: Workload, room: int | None) -> None:
     """Raise OverLength if prompt and new tokens are more than the model has positions for."""
-    if room and workload.depth + prompt_tokens + workload.max_new_tokens > room:
-        cached = f"{workload.depth} cached + " * bool(workload.depth)
-        raise OverLength(f"{cached}{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
+    if room and prompt_tokens + workload.max_new_tokens > room:
+        raise OverLength(f"{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
                          f"{room} tokens that {name} has positions for")
 
 
@@ -164,7 +164,7 @@ def check_context(source: Source, workload: Workload) -> None:
     folder = source.folder or (source.config or {}).get("folder")
     tokenizer = _tokenizer(folder and Path(folder), config.get_text_config().vocab_size)
     prompt = tokens_of(tokenizer, workload.prompt, config, source.name)
-    check_length(source.name, workload.prompt_tokens or len(prompt), workload, context_length(config))
+    check_length(source.name, len(prompt), workload, context_length(config))
 
 
 def context_length(config: object) -> int | None:
@@ -236,6 +236,7 @@ def conv1d_to_linear(model: nn.Module) -> None:
                 setattr(parent, name, linear)
 
 
+@functools.lru_cache(maxsize=4)
 def _tokenizer(folder: Path | None, words: int) -> object:
     """Whatever AutoTokenizer reads there; a stand-in where there is none. Raises ValueError for one that is broken, or
     that has more tokens than the model has `words`."""
