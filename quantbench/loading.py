@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import logging
 import os
@@ -236,7 +235,6 @@ def conv1d_to_linear(model: nn.Module) -> None:
                 setattr(parent, name, linear)
 
 
-@functools.lru_cache(maxsize=4)
 def _tokenizer(folder: Path | None, words: int) -> object:
     """Whatever AutoTokenizer reads there; a stand-in where there is none. Raises ValueError for one that is broken, or
     that has more tokens than the model has `words`."""

@@ -1,41 +1,42 @@
-"""Every architecture is right or refused: under every CPU setting and engine the text is transformers' own, or a sentence
-says why not. A spread of eight here; all of them, before a release, with `make test-models`."""
+"""Every architecture is right or refused: under every CPU setting and engine the text is transformers' own, or a
+sentence says why not. A spread of eight here; all of them, before a release, with `make test-models`."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import quantbench as qb
 from tests.conftest import CPU_SETTINGS
 
 NEW = 6  # tokens
 TEXT = "A ship came in with the tide, and nobody had seen her before. "
-SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+WORDS = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1}
+SIZES = WORDS | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 2}
 HEADS = SIZES | {"head_dim": 16}
-GPT = {"vocab_size": 512, "n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 1}
+GPT = WORDS | {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 256}
 EXPERTS = SIZES | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
                    "shared_expert_intermediate_size": 64}
-LATENT = HEADS | {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
-                  "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "head_dim": 8,
-                  "moe_intermediate_size": 64, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+LATENT = HEADS | {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+                  "v_head_dim": 16, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 64, "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 8}
 WINDOW = HEADS | {"sliding_window": 16}
-STATES = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+STATES = WORDS | {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
 MAMBA = HEADS | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-          "patch_size": 14}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}
 KINDS = {
     "gpt2": GPT, "gptj": GPT | {"rotary_dim": 8}, "gpt_bigcode": GPT, "codegen": GPT | {"rotary_dim": 8},
     "ctrl": GPT | {"dff": 128}, "openai-gpt": GPT, "gpt_neox": SIZES, "opt": SIZES | {"ffn_dim": 128},
-    "gpt_neo": {"vocab_size": 512, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 16,
+    "gpt_neo": WORDS | {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 16,
                 "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 256},
-    "bloom": {"vocab_size": 512, "hidden_size": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1},
+    "bloom": WORDS | {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "falcon": SIZES | {"multi_query": True, "new_decoder_architecture": False},
-    "mpt": {"vocab_size": 512, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
-    "xglm": {"vocab_size": 512, "d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 4},
+    "mpt": WORDS | {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
+    "xglm": WORDS | {"d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 4},
     "llama": SIZES, "qwen2": SIZES, "qwen3": HEADS, "gemma": HEADS, "phi": SIZES, "phi3": SIZES, "stablelm": SIZES,
     "starcoder2": SIZES, "olmo": SIZES, "olmo2": SIZES, "cohere": SIZES, "granite": SIZES, "persimmon": SIZES,
     "biogpt": SIZES, "smollm3": SIZES, "nemotron": HEADS,
@@ -44,7 +45,7 @@ KINDS = {
     "mixtral": EXPERTS, "qwen2_moe": EXPERTS, "qwen3_moe": EXPERTS | {"head_dim": 16}, "olmoe": EXPERTS,
     "granitemoe": EXPERTS, "gpt_oss": WINDOW | EXPERTS | {"head_dim": 16}, "deepseek_v2": LATENT, "deepseek_v3": LATENT,
     "mamba": STATES, "falcon_mamba": STATES, "mamba2": STATES | {"head_dim": 16, "num_heads": 8, "n_groups": 1},
-    "rwkv": {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 256},
+    "rwkv": WORDS | {"hidden_size": 64, "num_hidden_layers": 2, "context_length": 256},
     "jamba": EXPERTS | {"mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "bamba": MAMBA | {"attn_layer_indices": [1]}, "lfm2": SIZES | {"layer_types": ["conv", "full_attention"]},
     "zamba2": MAMBA | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 8,
@@ -61,7 +62,10 @@ def saved(tmp_path):
     def write(kind: str) -> Path:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind])).save_pretrained(tmp_path)
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        bytes_alone = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+        bytes_alone.pre_tokenizer, bytes_alone.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=bytes_alone).save_pretrained(tmp_path)
         return tmp_path
 
     return write
@@ -84,7 +88,8 @@ def test_an_architecture_is_measured_as_transformers_runs_it_or_refused_in_a_sen
             rows = [qb.generate(lm, max_new_tokens=NEW, repeats=1, progress=False, engine=engine)
                     for engine in ("eager", "graph")]
         for row in rows:  # the graph's text is held against eager's
-            assert row.status == "ok" or row.status == "unavailable" and 20 < len(row.reason) < 300, (setting, row.reason)
+            said = row.status == "unavailable" and 20 < len(row.reason) < 300
+            assert row.status == "ok" or said, (setting, row.engine, row.reason)
         assert rows[0].status == "ok"
 
 
