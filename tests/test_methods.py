@@ -110,7 +110,7 @@ def test_older_cards_are_told_so():
 
 
 def test_tiles_of_int4_are_padded():
-    """gpt2's first layer as measured on an H100: 768 inputs take the room of 1,024."""
+    """768 inputs take the room of 1,024."""
     assert torchao.INT4.matrix_bytes(2304 * 768, 2304, None) == 2304 * 512 + 2304 * 8 * 4
     assert torchao.INT4.matrix_bytes(4096 * 11008, 4096, None) == 4096 * 11264 // 2 + 4096 * 88 * 4
 

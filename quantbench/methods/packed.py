@@ -5,7 +5,7 @@ from torch import nn
 
 
 class PackedLinear(nn.Module):
-    """What both have in common. The kernels are fast in bfloat16 only, whatever the model's dtype."""
+    """What both have in common: `product` takes and gives bfloat16, in which alone the kernels are fast."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -15,10 +15,6 @@ class PackedLinear(nn.Module):
         out = self.product(x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous())
         out = out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
         return out if self.bias is None else out + self.bias
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, inputs] -> [rows, outputs], both bfloat16."""
-        raise NotImplementedError
 
 
 class Int8Rows(PackedLinear):

@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 class Torchao(Quantiser):
     """What they have in common: Linear stays the class, its weight becomes a tensor of torchao's; the output head is
-    left as it is. `method` is a configuration of torchao's, `tensor` its class of weights."""
+    left as it is. `method()` is a configuration of torchao's, `tensor` its class of weights."""
 
     starts_on = "cpu"  # each layer goes to the GPU and is quantised there by itself: the peak stays low
     tensor, capability = "", [8, 0]
-
-    def method(self) -> object:
-        raise NotImplementedError
 
     def why_not(self, setting: Setting, facts: dict) -> str | None:
         if (now := facts.get("gpu_capability", [0, 0])) < self.capability:
@@ -119,8 +116,7 @@ class Float8Torchao(Torchao):
 
 @functools.cache
 def _broken(way: Torchao) -> str | None:
-    """Why torchao cannot be used: missing, too old, or built for another torch; None when it can. It is imported to
-    know, and what that raises may be anything."""
+    """Why torchao cannot be used here; None when it can. It is imported to know, and that may raise anything."""
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed: pip install quantbench[torchao]"
     try:
