@@ -1,165 +1,164 @@
-"""A fresh process behind the standard Executor interface: whatever happens in it, its parent goes on."""
+"""One cell at its desk, here or in a fresh process: whatever happens in that, its parent goes on."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import math
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from unittest import mock
 
+import torch
 from tqdm.auto import tqdm
+
+import quantbench
+from quantbench.loading import LoadedModel, load_source
+from quantbench.records import Measurement
+from quantbench.sweeps.plan import Cell
+from quantbench.timing import Timed
+from quantbench.wording import cut
 
 # what the first load and generate would import, and what bitsandbytes would; not bitsandbytes itself, because it
 # asks CUDA at import, and a process forked after that cannot use CUDA
-PRELOAD = ["quantbench.sweeps.measuring", "transformers.models.gpt2.modeling_gpt2",
-           "transformers.models.llama.modeling_llama"]
+PRELOAD = [__name__, "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"]
+LOOK_S = 0.2  # between two looks at `stop`, while a child measures
 _how = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-class ChildDied(RuntimeError):
-    """The child ended before it answered; `exitcode` is negative for a signal."""
-
-    def __init__(self, exitcode: int | None) -> None:
-        self.exitcode = exitcode
-        words = f"the process ended with exit code {exitcode}"
-        if exitcode is not None and exitcode < 0:
-            name = signal.Signals(-exitcode).name
-            hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-            words = f"the process was killed by {name}{hint}"
-        super().__init__(words)
+class Stopped(Exception):
+    """`stop` was set: nobody waits for an answer."""
 
 
-class ChildFailed(RuntimeError):
-    """What was raised in the child, as text: not every exception can be rebuilt in another process."""
+class ChildDied(Exception):
+    """The process ended before it answered."""
 
 
-class Child(Executor):
-    """One process forked from a server that has torch and transformers imported, and no CUDA context.
+class Desk:
+    """One cell at its desk: the model stays loaded while it is not its turn, and for the next workload. An answer that
+    is a Measurement is the cell's end."""
 
-    Jobs run in it one after the other, in the parent's environment of now. A job whose process dies raises `ChildDied`
-    from its future, one that raises `ChildFailed`. `shutdown` kills what is still running. Where there is no fork
-    server (Windows), or where a package has asked CUDA in it (any may, at import), the process is spawned.
+    def __init__(self) -> None:
+        self.lm: LoadedModel | None = None
 
-    The first job starts the process, in a thread: the first server of all needs seconds, and a `shutdown` meanwhile
-    does not wait for it.
-    """
+    def ask(self, method: str, *args: object, timeout_s: float | None = None) -> tuple[object, str | None]:
+        """A method's answer, or a `failed` row and the traceback: not every exception can travel."""
+        try:
+            return getattr(self, method)(*args), None
+        except Exception as error:  # of this cell alone: the others go on
+            row = self.cell.row("failed", cut(f"{type(error).__name__}: {error}", 290))
+            return row, "".join(traceback.format_exception(error))
 
-    def __init__(self, needs_cuda: bool = False) -> None:
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._needs_cuda, self._ended, self._turn = needs_cuda, False, threading.Lock()
+    def prepare(self, cell: Cell) -> Measurement | None:
+        """Load, unless the model is here already, and warm up."""
+        self.cell = cell
+        if self.lm is None or self.lm.status != "ok":
+            self.lm = load_source(cell.source, cell.setting)
+        self.timed = Timed(self.lm, cell.workload, cell.engine)
+        return self.finish(False) if self.timed.ended else None
 
-    def submit(self, function: Callable, /, *args: object, **named: object) -> Future:
-        future: Future = Future()
-        threading.Thread(target=self._run, args=(future, function, args, named), daemon=True).start()
-        return future
+    def sample(self, round_name: str) -> float | Measurement:
+        """Tokens per second of one more sample."""
+        self.timed.sample(round_name)
+        tokens = self.timed.workload.batch_size * self.timed.workload.max_new_tokens
+        return self.finish(False) if self.timed.ended else tokens / self.timed.samples["latencies_s"][-1]
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self._ended = True
-        self._kill()
+    def finish(self, trace: bool) -> Measurement:
+        """The row, with a trace of one more generation if it is asked for."""
+        row = self.timed.measurement()
+        self.timed = None  # an engine's graph and cache go before another is made
+        return quantbench.trace(self.lm, row) if trace and row.status == "ok" else row
 
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
+    def close(self) -> None:
+        if self.lm is not None:
+            self.timed = None
+            self.lm.close()
 
-    def _start(self) -> None:
+    def can_use_cuda(self) -> bool:
+        """Not if this process's server had a context when it forked it. No GPU is no trouble."""
+        try:
+            torch.cuda.is_available() and torch.cuda.init()
+        except RuntimeError:
+            return False
+        return not torch.cuda._is_in_bad_fork()
+
+
+class Child:
+    """A `Desk` in a process forked from a server that has torch and transformers imported (the first one needs seconds
+    for that), with the parent's environment of now. Where there is no such server (Windows), or where a package has
+    asked CUDA in it (any may, at import), the process is spawned."""
+
+    def __init__(self, stop: threading.Event, needs_cuda: bool) -> None:
         global _how
-        self._launch()
-        if self._needs_cuda and _how == "forkserver" and not self._ask(cuda_works, (), {}):
+        self.stop = stop
+        self._start()
+        if needs_cuda and _how == "forkserver" and not self.ask("can_use_cuda", timeout_s=math.inf)[0]:
             tqdm.write("a package asked CUDA before the measuring processes were forked: they are spawned instead, "
                        "which takes some seconds more each")
             _how = "spawn"
-            self._kill()
-            self._launch()
+            self.close()
+            self._start()
 
-    def _launch(self) -> None:
+    def ask(self, *asked: object, timeout_s: float) -> tuple[object, str | None]:
+        """What `Desk.ask` says to this. Raises ChildDied, TimeoutError, and Stopped once `stop` is set: the process is
+        then still at work, and to be closed."""
+        until = time.monotonic() + timeout_s
+        try:
+            self.pipe.send(asked)
+            while not self.pipe.poll(min(LOOK_S, max(until - time.monotonic(), 0))):
+                if self.stop.is_set():
+                    raise Stopped
+                if time.monotonic() >= until:
+                    raise TimeoutError
+            return self.pipe.recv()
+        except TimeoutError:
+            raise
+        except (EOFError, OSError):
+            self.process.join()
+            raise ChildDied(_death(self.process.exitcode)) from None
+
+    def close(self) -> None:
+        """Kill the process, in the middle of its work too."""
+        self.process.kill()
+        self.process.join()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context(_how)
         if _how == "forkserver":
             context.set_forkserver_preload(PRELOAD)
-        self._pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, dict(os.environ)), daemon=True)
-        with _without_main():
-            process.start()
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, dict(os.environ)), daemon=True)
+        main = sys.modules["__main__"]  # the caller's script, which is not to be run again: no job of ours lives there
+        with mock.patch.multiple(main, create=True, __file__=None, __spec__=None):
+            self.process.start()
         theirs.close()
-        self._process = process
-        if self._ended:  # while it started
-            process.kill()
-
-    def _ask(self, function: Callable, args: tuple, named: dict) -> object:
-        try:
-            self._pipe.send((function, args, named))
-            value, failure = self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            raise ChildDied(self._process.exitcode) from None
-        if failure is None:
-            return value
-        error = ChildFailed(failure[0])
-        error.add_note(failure[1])
-        raise error
-
-    def _run(self, future: Future, function: Callable, args: tuple, named: dict) -> None:
-        with self._turn:
-            future.set_running_or_notify_cancel()
-            try:
-                if self._process is None:
-                    self._start()
-                future.set_result(self._ask(function, args, named))
-            except Exception as error:  # raised again where the result is asked for
-                future.set_exception(error)
 
 
-def cuda_works() -> bool:
-    """Whether this process can use CUDA: not if its server had a context when it forked it. No GPU is no trouble."""
-    import torch
-
-    try:
-        torch.cuda.is_available() and torch.cuda.init()
-    except RuntimeError:
-        return False
-    return not torch.cuda._is_in_bad_fork()
+def _death(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"the process ended with exit code {exitcode}"
+    name = signal.Signals(-exitcode).name
+    return f"the process was killed by {name}" + ", as the system does when memory runs out" * (name == "SIGKILL")
 
 
 def _serve(pipe: multiprocessing.connection.Connection, environment: dict[str, str]) -> None:
-    """The child's life: one job after the other, until its parent is gone."""
+    """The child's life, until its parent is gone."""
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, and a killed child would leave it
+    desk = Desk()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            function, args, named = pipe.recv()
-            try:
-                answer = function(*args, **named), None
-            except Exception as error:  # raised again in the parent
-                answer = None, (f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
-            try:
-                pipe.send(answer)
-            except (EOFError, OSError):
-                raise
-            except Exception as error:  # what cannot be pickled raises anything
-                pipe.send((None, (f"{answer[0]!r} cannot leave its process: {error}", "")))
+            pipe.send(desk.ask(*pipe.recv()))
 
 
 def _die_with_parent() -> None:
     """Leave no orphan behind a killed parent, in the middle of a job too."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Start a process that does not import the caller's script again: none of our jobs lives there."""
-    main = sys.modules["__main__"]
-    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        vars(main).update(hidden)

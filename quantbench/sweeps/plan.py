@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 
 from quantbench import machine
 from quantbench.decode import find_engine
-from quantbench.labels import cut
+from quantbench.intervals import LEAST
 from quantbench.loading import OverLength, check_context, why_not
 from quantbench.records import Measurement
-from quantbench.settings import Setting, Workload, find_setting
+from quantbench.settings import BASELINES, SETTINGS, Setting, Workload, find_setting
 from quantbench.weights import Source, check_name, find
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: a source holds a configuration
 class Cell:
-    """Model x setting x engine x workload. `ended` is the status and the reason of a cell that cannot be measured."""
+    """Model x setting x engine x workload, and why it cannot run on this machine, if so."""
 
     model: str
     setting: Setting
     engine: str
     workload: Workload
     source: Source | None
-    ended: tuple[str, str] | None = None
+    unavailable: str | None = None
 
     def row(self, status: str, reason: str | None) -> Measurement:
         """The measurement of a cell that gave no samples."""
@@ -34,57 +37,77 @@ class Cell:
             prompt=self.workload.prompt, batch_size=self.workload.batch_size,
             max_new_tokens=self.workload.max_new_tokens, machine=machine.facts(), versions=machine.versions())
 
-    @property
+    @cached_property
     def key(self) -> tuple:
         """Of its row."""
         return self.row("failed", None).key
 
     @property
+    def seat(self) -> tuple[str, str]:
+        """A model's cells that share it are measured in the same process, one workload after the other."""
+        return self.setting.key, self.engine
+
+    @property
     def title(self) -> str:
-        batch = f", batch {self.workload.batch_size}" if self.workload.batch_size > 1 else ""
-        engine = f" · {self.engine}" if self.engine != "eager" else ""
-        return f"{self.model} · {self.setting.label}{engine} · {self.workload.max_new_tokens} tokens{batch}"
+        engine, batch = self.engine, self.workload.batch_size
+        return (f"{self.model} · {self.setting.label}" + f" · {engine}" * (engine != "eager") +
+                f" · {self.workload.max_new_tokens} tokens" + f", batch {batch}" * (batch > 1))
 
 
 def plan(models: object, settings: object, engines: object, max_new_tokens: object, batch_size: object, *, prompt: str,
          repeats: int | None, budget_s: float, weights: str | None) -> list[Cell]:
-    """Every cell, in groups of one model and workload: what is compared stands together.
-
-    Raises ValueError for a mistake in an argument. What is wrong with one model alone (its files, its architecture) is
-    the status of its cells.
-    """
-    names, engines = [os.fspath(one) for one in many(models)], many(engines)
-    rows = [find_setting(one) for one in many(settings)]
+    """Every cell once, in groups of one model and workload: what is compared stands together. Raises ValueError for a
+    mistake in an argument, before anything is loaded."""
+    names, engines = {os.fspath(one): None for one in _many(models)}, dict.fromkeys(_many(engines))
+    reasons = {row: why_not(row) for row in map(find_setting, _many(settings))}
     for engine in engines:
         find_engine(engine)
-    workloads = [Workload(prompt, length, batch, repeats, budget_s)
-                 for length in many(max_new_tokens) for batch in many(batch_size)]
+    workloads = dict.fromkeys(Workload(prompt, length, batch, repeats, budget_s)
+                              for length in _many(max_new_tokens) for batch in _many(batch_size))
     for name in names:
         check_name(name, weights)
-    reasons = {row: why_not(row) for row in rows}
     cells = []
     for name in names:
         source = None if all(reasons.values()) else find(name, weights)
-        wrong = None if source is None else _wrong_with(source, workloads)
         for workload in workloads:
-            cells += [Cell(name, row, engine, workload, None if reasons[row] else source,
-                           ("unavailable", reasons[row]) if reasons[row] else wrong)
-                      for row in rows for engine in engines]
+            try:
+                if source is not None:
+                    check_context(source, workload)
+            except OverLength:
+                raise
+            except Exception:  # a broken tokenizer.json may raise anything: the load of each cell will say so
+                pass
+            cells += [Cell(name, row, engine, workload, None if reason else source, reason)
+                      for row, reason in reasons.items() for engine in engines]
     return cells
 
 
-def many(value: object) -> list:
+def missing(cells: list[Cell], known: dict[tuple, Measurement], retry: bool, trace: bool) -> list[Cell]:
+    """The cells that are not in a run's rows yet, with as many rounds as one of those that are compared still lacks.
+    Where one is new and the run holds its baseline, that takes part: without shared rounds there is no ratio."""
+    todo, good = [], {key for key, row in known.items() if row.status == "ok" and row.rounds}
+    for _, group in groupby(cells, key=lambda cell: (cell.model, cell.workload)):
+        lacking = {cell.key: (cell, rounds) for cell in group if (rounds := _lacks(cell, known, retry, trace))}
+        new = [cell for key, (cell, _) in lacking.items() if not cell.unavailable and key not in good]
+        bases = [dataclasses.replace(new[0], setting=SETTINGS[key], engine="eager") for key in BASELINES] if new else []
+        base = next((one for one in bases if one.key in {*lacking, *good}), None)
+        if base is not None:
+            lacking.setdefault(base.key, (base, 0))
+        most = max((rounds for _, rounds in lacking.values()), default=0)
+        for cell, _ in lacking.values():
+            workload = dataclasses.replace(cell.workload, repeats=cell.workload.repeats and most)
+            todo.append(dataclasses.replace(cell, workload=workload))
+    return todo
+
+
+def _lacks(cell: Cell, known: dict[tuple, Measurement], retry: bool, trace: bool) -> int:
+    """How many rounds a cell lacks; one where it is only a trace."""
+    row, rounds = known.get(cell.key), cell.workload.repeats or LEAST
+    if row is None or row.status != "ok":
+        return rounds if row is None or retry else 0
+    return max(rounds - len(row.rounds), int(trace and row.trace is None))
+
+
+def _many(value: object) -> list:
     """One or several: a text, a path and a number are one."""
     return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, os.PathLike)) else [value]
-
-
-def _wrong_with(source: Source, workloads: list[Workload]) -> tuple[str, str] | None:
-    """Why none of a model's cells can be measured. Raises ValueError for a workload that it has no positions for."""
-    for workload in workloads:
-        try:
-            check_context(source, workload)
-        except OverLength:
-            raise
-        except Exception as error:  # what a broken tokenizer.json raises may be anything
-            return "failed", cut(f"{type(error).__name__}: {error}", 290)  # transformers may list all that it knows
-    return None

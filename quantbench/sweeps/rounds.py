@@ -2,144 +2,194 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import random
 import threading
 import time
 import uuid
-from collections import Counter, defaultdict
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from itertools import groupby
+from statistics import median
 
 from tqdm.auto import tqdm
 
 from quantbench import machine
 from quantbench.inspection import on_meta, weights_estimate
-from quantbench.intervals import LEAST, Ratio, ratio_of_rounds
+from quantbench.intervals import LEAST, median_interval, ratio_of_rounds
 from quantbench.records import Measurement
 from quantbench.settings import BASELINES
+from quantbench.sweeps.child import Child, ChildDied, Desk, Stopped
 from quantbench.sweeps.plan import Cell
-from quantbench.sweeps.seats import Seat, Stopped
 from quantbench.weights import config_of
 
 MOST = 30  # rounds
 PROCESS_BYTES = {"cpu": 6 * 10**8, "cuda": 25 * 10**8}  # of host memory beside the weights: libraries, CUDA's context
 CLOSE_ENOUGH = 0.05  # of a ratio: half its interval's width
+WIDE, FAR = 0.2, 5  # half-width of a process's own interval, of its median; times slower than the fastest of its kind
+Rates = dict[Cell, dict[str, float]]  # round -> tokens/sec
 
 
+@dataclasses.dataclass
 class Rounds:
-    """The seats of one model's settings and engines, kept from one workload to the next."""
+    """The cells of one model; what is loaded stays from one workload to the next."""
 
-    def __init__(self, inline: bool, timeout_s: float, trace: bool, stop: threading.Event,
-                 tell: Callable[[str], None] = lambda words: None) -> None:
-        self.trace, self.stop, self.tell = trace, stop, tell
-        self.seats: dict[tuple, Seat] = defaultdict(partial(Seat, inline, timeout_s, stop))
+    cells: list[Cell]
+    inline: bool
+    timeout_s: float
+    trace: bool
+    stop: threading.Event
+    tell: Callable[[str], None] = lambda words: None
+    desks: dict[tuple, Desk | Child] = dataclasses.field(default_factory=dict)  # by seat
+    spent_s: Counter[Cell] = dataclasses.field(default_factory=Counter)
 
-    def measure(self, cells: list[Cell]) -> Iterator[Measurement]:
-        """A row for each of the cells of one workload: at once for one that cannot run, after the last round for the
-        others; none for those that `stop` interrupts."""
-        if self.stop.is_set():
+    def measure(self) -> Iterator[Measurement]:
+        """A row for each cell: at once for one that cannot run, after its workload's last round for the others; none
+        for those that `stop` interrupts. Nothing stays loaded."""
+        able = [cell for cell in self.cells if not cell.unavailable]
+        together = _fit(able)
+        try:
+            yield from (cell.row("unavailable", cell.unavailable) for cell in self.cells if cell.unavailable)
+            for _, group in groupby(able, key=lambda cell: cell.workload):
+                yield from self._together(list(group), {}) if together else self._in_turn(list(group))
+        except Stopped:
             return
-        yield from (cell.row(*cell.ended) for cell in cells if cell.ended)
-        alive = [cell for cell in cells if not cell.ended]
-        with contextlib.suppress(Stopped):
-            yield from self._together(alive) if _fit(alive) else self._in_turn(alive)
+        finally:
+            for cell in self.cells:
+                self._close(cell)
 
-    def close(self) -> None:
-        for seat in self.seats.values():
-            seat.close()
-        self.seats.clear()
+    def _close(self, cell: Cell) -> None:
+        if cell.seat in self.desks:
+            self.desks.pop(cell.seat).close()
 
-    def _seat(self, cell: Cell) -> Seat:
-        return self.seats[cell.setting.key, cell.engine]
+    def _ask(self, cell: Cell, told: str, method: str, *args: object) -> object:
+        """What the cell's desk answers: a Measurement is the cell's end."""
+        if self.stop.is_set():
+            raise Stopped
+        self.tell(f"{cell.title}: {told}")
+        start, raised = time.monotonic(), ""
+        try:
+            if cell.seat not in self.desks:
+                self.desks[cell.seat] = Desk() if self.inline else Child(self.stop, cell.setting.device == "cuda")
+            left_s = self.timeout_s - self.spent_s[cell]
+            answer, raised = self.desks[cell.seat].ask(method, *args, timeout_s=left_s)
+        except TimeoutError:
+            answer = cell.row("timeout", f"not done after {self.timeout_s:g} s")
+        except (ChildDied, EOFError, OSError) as death:  # the last two: it did not start
+            answer = cell.row("crashed", f"{told}: {death}")
+        self.spent_s[cell] += time.monotonic() - start
+        if raised:
+            warnings.warn(f"{cell.title} failed: {answer.reason}\n{raised}")
+        if raised is not None:
+            self._close(cell)
+        return answer
 
-    def _together(self, cells: list[Cell]) -> Iterator[Measurement]:
-        rates: dict[Cell, dict[str, float]] = {}
+    def _together(self, cells: list[Cell], first: dict[Cell, Measurement]) -> Iterator[Measurement]:
+        """All loaded, in rounds; `first` are rows of processes that stood out, or were beside them."""
+        rates, name, number = {cell: {} for cell in cells}, uuid.uuid4().hex[:8], 0
         for cell in cells:
-            if (row := self._prepared(cell)) is None:
-                rates[cell] = {}
-            else:
-                yield row
-        name, number, start = uuid.uuid4().hex[:8], 0, time.monotonic()
-        while rates and not _enough(rates, number, time.monotonic() - start):
+            if (row := self._ask(cell, "loading", "prepare", cell)) is not None:
+                del rates[cell]
+                yield joined(first.get(cell), row)
+        start = time.monotonic()
+        while rates and not (number == LEAST if first else _enough(rates, number, time.monotonic() - start)):
             number += 1
             for cell in random.sample(list(rates), len(rates)):
-                answer = self._sampled(cell, f"{name}-{number}")
+                answer = self._ask(cell, f"round {number}", "sample", f"{name}-{number}")
                 if isinstance(answer, Measurement):
                     del rates[cell]
-                    yield answer
+                    yield joined(first.get(cell), answer)
                 else:
                     rates[cell][f"{name}-{number}"] = answer
+        doubted, again = [] if first or self.inline else _doubted(rates), {}
         for cell in rates:
-            self.tell(f"{cell.title}: finishing")
-            yield self._seat(cell).finish(self.trace)
+            row = joined(first.get(cell), self._ask(cell, "finishing", "finish", self.trace))
+            if row.status != "ok" or not doubted or cell not in [*doubted, _base(rates)]:
+                yield row
+                continue
+            again[cell] = row
+            if cell in doubted:
+                self._close(cell)
+                said = f"a process of {row.tokens_per_s:.1f} tokens/s stood out: a second one's samples are here too"
+                again[cell] = dataclasses.replace(row, reason=said)
+        if again:
+            yield from self._together(list(again), again)
 
     def _in_turn(self, cells: list[Cell]) -> Iterator[Measurement]:
         """Each model loaded anew in every round: slow, but the rounds are the same moments for all."""
         name, rounds = uuid.uuid4().hex[:8], cells[0].workload.repeats or LEAST
         tqdm.write(f"{cells[0].model}: {len(cells)} models do not fit in memory together; they are loaded in turn, for "
                    f"{rounds} rounds")
-        made: dict[Cell, Measurement] = {}
+        made, alive = dict.fromkeys(cells), list(cells)
         for number in range(1, rounds + 1):
-            for cell in random.sample(cells, len(cells)):
-                if cell in made and made[cell].status != "ok":
-                    continue
-                row = self._prepared(cell) or self._sampled(cell, f"{name}-{number}")
-                row = row if isinstance(row, Measurement) else self._seat(cell).finish(self.trace and number == rounds)
-                self._seat(cell).close()
-                made[cell] = joined(made.get(cell), row)
+            for cell in random.sample(alive, len(alive)):
+                row = self._ask(cell, "loading", "prepare", cell) or \
+                    self._ask(cell, f"round {number}", "sample", f"{name}-{number}")
+                if not isinstance(row, Measurement):
+                    row = self._ask(cell, "finishing", "finish", self.trace and number == rounds)
+                self._close(cell)
+                made[cell] = joined(made[cell], row)
+                if row.status != "ok":
+                    alive.remove(cell)
         yield from made.values()
-
-    def _prepared(self, cell: Cell) -> Measurement | None:
-        self.tell(f"{cell.title}: loading")
-        return self._seat(cell).prepare(cell)
-
-    def _sampled(self, cell: Cell, round_name: str) -> float | Measurement:
-        self.tell(f"{cell.title}: round {round_name.rpartition('-')[2]}")
-        return self._seat(cell).sample(round_name)
 
 
 def _fit(cells: list[Cell]) -> bool:
     """Whether all models can be held at once, by estimate. What cannot be estimated fits, until its load says no."""
-    if len(cells) < 2:
+    needed, seats = Counter(), {cell.seat: cell for cell in cells}
+    if len(seats) < 2:
         return True
-    needed, source = Counter(), cells[0].source
     try:
-        config = config_of(source)
+        config = config_of(cells[0].source)
         shapes = None if config is None else on_meta(config)
-        for cell in cells:
-            needed["cpu"] += PROCESS_BYTES[cell.setting.device]
-            needed[cell.setting.device] += 8 * source.gguf.stat().st_size if shapes is None else \
-                weights_estimate(shapes, cell.setting)
+        for setting in (cell.setting for cell in seats.values()):
+            needed["cpu"] += PROCESS_BYTES[setting.device]
+            needed[setting.device] += weights_estimate(shapes, setting) if shapes is not None else \
+                8 * cells[0].source.gguf.stat().st_size
     except Exception:  # each cell's own load will say what is wrong
         return True
     return all(count <= machine.free_bytes(device) for device, count in needed.items())
 
 
-def _enough(rates: dict[Cell, dict[str, float]], rounds: int, spent_s: float) -> bool:
-    cells, workload = list(rates), next(iter(rates)).workload
-    if workload.repeats is not None:
-        return rounds >= workload.repeats
-    if rounds < LEAST or rounds >= MOST or spent_s >= workload.budget_s * len(cells):
+def _base(rates: Rates) -> Cell:
+    return next((cell for key in BASELINES for cell in rates if cell.setting.key == key), next(iter(rates)))
+
+
+def _enough(rates: Rates, rounds: int, spent_s: float) -> bool:
+    base = _base(rates)
+    if base.workload.repeats is not None:
+        return rounds >= base.workload.repeats
+    if rounds < LEAST or rounds >= MOST or spent_s >= base.workload.budget_s * len(rates):
         return rounds >= LEAST
-    base = next((cell for key in BASELINES for cell in cells if cell.setting.key == key), cells[0])
-    return all(_is_close(ratio_of_rounds(rates[cell], rates[base])) for cell in cells if cell is not base)
+    ratios = [ratio_of_rounds(rates[cell], rates[base]) for cell in rates if cell is not base]
+    return all((ratio.interval[1] - ratio.interval[0]) / 2 <= CLOSE_ENOUGH * ratio.value for ratio in ratios)
 
 
-def _is_close(ratio: Ratio) -> bool:
-    low, high = ratio.interval
-    return (high - low) / 2 <= CLOSE_ENOUGH * ratio.value
+def _doubted(rates: Rates) -> list[Cell]:
+    """The cells whose process may be an outlying one, which only a second process can tell: its samples spread widely,
+    or it is many times slower than the fastest of its device and engine. If most are such, it is the machine."""
+    speed, found = {cell: median(mine.values()) for cell, mine in rates.items()}, []
+    for cell, mine in rates.items():
+        kin = [speed[one] for one in rates if (one.setting.device, one.engine) == (cell.setting.device, cell.engine)]
+        if interval := median_interval(list(mine.values())):
+            wide = (interval[1] - interval[0]) / 2 > WIDE * speed[cell]
+            found += [cell] * (wide or speed[cell] * FAR < max(kin))
+    return found if 2 * len(found) <= len(rates) else []
 
 
 def joined(before: Measurement | None, after: Measurement) -> Measurement:
-    """One row with the samples of both, if both have rounds; else the later one. Its peaks are the larger ones."""
-    if before is None or "ok" != before.status or "ok" != after.status or not before.rounds:
+    """One row with the samples of both, where both have rounds, else the later one. But good samples never give way to
+    a failure, which becomes the row's reason."""
+    if before is None or before.status != "ok" or (after.status == "ok" and not before.rounds):
         return after
-    lists = ("latencies_s", "first_token_s", "rounds", "sampled_at", "others_busy")
-    both = {name: getattr(before, name) + getattr(after, name) for name in lists}
-    both["energy_j"] = before.energy_j + after.energy_j if before.energy_j and after.energy_j else None
-    for name in ("vram_peak_bytes", "ram_peak_bytes"):
-        peaks = [getattr(row, name) for row in (before, after)]
-        both[name] = None if None in peaks else max(peaks)
-    return dataclasses.replace(after, **both)
+    said = after.reason if after.status == "ok" else f"later {after.status}: {after.reason}"
+    reason = "; ".join(dict.fromkeys(filter(None, [before.reason, said]))) or None
+    if after.status != "ok":
+        return dataclasses.replace(before, reason=reason)
+    both = {name: getattr(before, name) + getattr(after, name)
+            for name in ("latencies_s", "first_token_s", "rounds", "sampled_at", "others_busy")}
+    both |= {name: max(filter(None, [getattr(before, name), getattr(after, name)]), default=None)
+             for name in ("vram_peak_bytes", "ram_peak_bytes")}
+    energy_j = before.energy_j + after.energy_j if before.energy_j and after.energy_j else None
+    return dataclasses.replace(after, reason=reason, trace=after.trace or before.trace, energy_j=energy_j, **both)
