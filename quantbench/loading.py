@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.pytorch_utils import Conv1D
 
 from quantbench import machine, quantisers
-from quantbench.inspection import audit, cache_bytes_per_token, check, load_estimate, need_memory, on_meta, quiet
+from quantbench.inspection import (
+    AuditError, audit, cache_bytes_per_token, check, load_estimate, need_memory, on_meta, quiet)
 from quantbench.settings import Setting, Workload, find_setting
 from quantbench.weights import VOCABULARIES, Source, check_name, checkpoint, config_of, files_of, find
 from quantbench.wording import cut, listed
@@ -130,6 +131,12 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
         config = config or config_of(dataclasses.replace(source, folder=folder, gguf=None))
         shapes = on_meta(config)  # before transformers writes into it
         _load_timed(lm, folder, config)
+        lm.tokenizer = _tokenizer(folder, config.get_text_config().vocab_size)
+        lm.audit = audit(lm.model, cache_bytes_per_token(shapes, lm.model.dtype.itemsize))
+        lm.weights_bytes = sum(lm.audit["bytes"].values())
+        check(lm.audit, setting)
+        if setting.quantisation != "none":
+            _prove(lm)
     except (RuntimeError, MemoryError) as error:
         if (reason := machine.out_of_memory(error)) is None:
             raise
@@ -137,11 +144,6 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
     if lm.status != "ok":  # not in the except clause: the traceback holds what was allocated
         gc.collect()
         machine.release(lm.device)
-        return lm
-    lm.tokenizer = _tokenizer(folder, config.get_text_config().vocab_size)
-    lm.audit = audit(lm.model, cache_bytes_per_token(shapes, lm.model.dtype.itemsize))
-    lm.weights_bytes = sum(lm.audit["bytes"].values())
-    check(lm.audit, setting)
     return lm
 
 
@@ -207,6 +209,19 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
     # the checkpoint's own sampling and repetition penalties would change what is timed
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[0] if stop else 0, do_sample=False)
     return model
+
+
+@torch.no_grad()
+def _prove(lm: LoadedModel) -> None:
+    """Raise AuditError for an architecture that does not run when it is quantised so: a head whose weight is read by
+    other code, a shape that a kernel does not take."""
+    try:
+        lm.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=lm.model.device))
+    except Exception as error:
+        if machine.out_of_memory(error):
+            raise
+        kind = type(lm.model).__name__
+        raise AuditError(f"{lm.setting.label}: {kind} does not run quantised so ({cut(error, 200)})") from None
 
 
 def _check_keys(model: nn.Module, told: dict, setting: Setting) -> None:
