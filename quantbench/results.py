@@ -63,8 +63,9 @@ def _of_schema_1(row: dict) -> Iterator[tuple[str, dict]]:
     subject = {name: row.get(name) for name in ("model", "setting", "revision", "weights", "created_at")}
     for kind, shared in (("quality", subject | whose), ("limits", whose)):
         held = inside[kind]
-        if isinstance(held, dict):  # keeps_99 and its like are derived by now
-            held = {name: value for name, value in held.items() if not name.startswith("keeps_")} | shared
+        if isinstance(held, dict):  # without what is derived by now, and what is no longer kept
+            gone = ("keeps_", "dp_", "eval_", "top1_ci", "peak_bytes")
+            held = {name: value for name, value in held.items() if not name.startswith(gone)} | shared
         if held is not None:
             yield kind, held
 

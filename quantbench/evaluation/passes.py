@@ -3,157 +3,92 @@
 from __future__ import annotations
 
 import gc
-import shutil
-import tempfile
-import time
-from functools import partial
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from scipy.stats import t
+from tqdm.auto import tqdm
 
 from quantbench import machine
-from quantbench.evaluation.logits import NonFiniteLogits, Values, evaluate, forward
-from quantbench.evaluation.pairing import figures
+from quantbench.decode import stepwise_logits
 from quantbench.evaluation.scores import Quality
-from quantbench.evaluation.windows import CONTEXT, Plan, Window, make_plan
+from quantbench.intervals import LEAST, Interval
 from quantbench.loading import LoadedModel, StandInTokenizer
 from quantbench.quantisers import QUANTISERS
+from quantbench.settings import whole
+from quantbench.weights import hub_answers
 
-DISK_BYTES = 2 * 10**9  # of a reference's log-probabilities: 3,000 tokens of the largest vocabularies
+LEAST_TOKENS = 32  # of a text that is worth a number
+MOST_BYTES = 2 * 10**9  # of a reference's log-probabilities: 3,000 tokens of the largest vocabularies
+ROWS = 64  # tokens whose log-probabilities are worked on at a time: five such float32 tensors are held
+Window = tuple[torch.Tensor, int]  # what the model is given [1, tokens], and how many of the last ones are scored
+
+
+class Reference(AbstractContextManager):
+    """What `qb.reference` made: the reference's own `quality`, and its log-probabilities, until it is closed or left as
+    a context manager. They are float16, normalised again when they are read: that leaves a KL of some 1e-7."""
+
+    def __init__(self, lm: LoadedModel, read: tuple[list[Window], dict], progress: bool) -> None:
+        per_token = 2 * lm.model.config.get_text_config().vocab_size
+        if read[1]["tokens"] * per_token > MOST_BYTES:
+            raise ValueError(f"a reference of {read[1]['tokens']} tokens would take over {MOST_BYTES / 1e9:.0f} GB of "
+                             f"RAM: give tokens={MOST_BYTES // per_token}")
+        self.name, self.revision, self.weights, self.setting = lm.name, lm.revision, lm.weights, lm.setting
+        self.read, self.kept = read, []
+        self.quality = _measured(lm, *read, self, None, progress)
+        if self.quality.status != "ok":
+            raise ValueError(f"{lm.name} under {lm.setting.label} can be no reference: {self.quality.reason}")
+
+    def __exit__(self, *error: object) -> None:
+        self.kept.clear()
+
+    close = __exit__
+
+
+def reference(lm: LoadedModel, text: str | None = None, tokens: int | None = None, *, context: int | None = None,
+              stride: int | None = None, progress: bool = True) -> Reference:
+    """Evaluate `lm` once and keep its log-probabilities in RAM, 2 GB at most, for other settings to be compared with:
+    `lm` can be closed afterwards. The arguments are `quality`'s; raises ValueError as it does, and where `lm` fails."""
+    return Reference(lm, _read(lm, text, tokens, context, stride), progress)
 
 
 def quality(lm: LoadedModel, reference: LoadedModel | Reference | None = None, text: str | None = None,
-            tokens: int | None = None, *, context: int = CONTEXT, stride: int | None = None,
+            tokens: int | None = None, *, context: int | None = None, stride: int | None = None,
             stepwise: bool | None = None, progress: bool = True) -> Quality:
     """Perplexity of `lm` on the first `tokens` tokens of `text`, and how it differs from `reference`, token by token.
 
-    `text` is None for the bundled one, "wikitext-2", or a text (see `windows.find_text`); windows of `context` tokens
-    begin every `stride` (default: context // 2), see `windows.Plan`; the figures are explained in `scores.Quality`.
-    `reference` is the same model under another setting, FP32 where it fits: loaded, and both run window by window; or
-    what `qb.reference` made, on whose text and windows `lm` is then run. `stepwise` runs each window as generation
-    does, token by token after a prompt; None: only where the setting's quantiser needs it, because it is slow.
+    `text`: see `find_text`. Windows of `context` (512) tokens begin every `stride` (context // 2). `reference` is the
+    same model under another setting: what `qb.reference` made, text and windows with it, or a loaded model. `stepwise`
+    runs each window as generation does, token by token after a prompt; None: only where the quantiser needs it.
 
-    Memory, besides the models: the logits of one window's scored tokens, as much again for the reference's, some five
-    times 32 MiB, and a forward pass. A model that was not loaded, runs out of memory, or gives logits that are not
-    finite, gives a `Quality` that says so. Raises ValueError for random weights, which have no quality, and for what
-    cannot be evaluated or compared.
+    A model that was not loaded, runs out of memory, or gives logits that are not finite, gives a `Quality` that says
+    so. Raises ValueError for random weights, which have no quality, and for what cannot be evaluated or compared.
     """
-    whose = _whose(lm)
     if lm.status != "ok":
-        return Quality(**whose, status=lm.status, reason=lm.reason)
+        return Quality(**_whose(lm), status=lm.status, reason=lm.reason)
     _check(lm)
-    plan, base, known = _against(lm, reference, text, tokens, context, stride)
-    stepwise = _needs_steps(lm) if stepwise is None else stepwise
-    on = _on(plan, reference, stepwise)
-    try:
-        found, cost = _evaluate(lm, plan, stepwise, progress, base)
-        return Quality(**whose, **on, **figures(found | known, plan), **cost)
-    except NonFiniteLogits as error:
-        return Quality(**whose, **on, status="failed", reason=str(error))
-    except (RuntimeError, MemoryError) as error:
-        if (reason := machine.out_of_memory(error)) is None:
-            raise
-    gc.collect()  # not in the except clause: the traceback holds what was allocated
-    machine.release(lm.device)
-    return Quality(**whose, **on, status="out_of_memory", reason=reason)
-
-
-def reference(lm: LoadedModel, text: str | None = None, tokens: int | None = None, *, context: int = CONTEXT,
-              stride: int | None = None, folder: str | Path | None = None, progress: bool = True) -> Reference:
-    """Evaluate `lm` once and keep its log-probabilities on disk, for other settings to be compared with: `lm` can be
-    closed afterwards. The arguments are `quality`'s; `folder` is where the file goes (default: the system's temporary
-    folder). Raises ValueError as `quality` does, and where the file would be over 2 GB or the free disk;
-    NonFiniteLogits for a model that can be no reference.
-    """
-    _check(lm)
-    return Reference(lm, make_plan(lm, text, tokens, context, stride), folder, progress)
-
-
-class Reference:
-    """What `qb.reference` made: a text's log-probabilities on disk, and the reference's own `quality`.
-
-    Float16 [tokens, vocabulary] in one file. They are normalised again when they are read, which leaves of the
-    rounding a KL of the order of 1e-7. A context manager: leaving it, or `close`, deletes the file.
-    """
-
-    def __init__(self, lm: LoadedModel, plan: Plan, folder: str | Path | None, progress: bool) -> None:
-        self.name, self.revision, self.weights, self.setting = lm.name, lm.revision, lm.weights, lm.setting
-        self.plan = plan
-        _need_disk(plan.tokens, lm.model.config.get_text_config().vocab_size, folder or tempfile.gettempdir())
-        self._folder = tempfile.TemporaryDirectory(prefix="quantbench-", dir=folder, ignore_cleanup_errors=True)
-        self.file = Path(self._folder.name) / "log-probabilities.f16"
-        try:
-            with self.file.open("wb") as file:
-                found, cost = _evaluate(lm, plan, _needs_steps(lm), progress,
-                                        keep=lambda rows: file.write(rows.half().cpu().numpy().tobytes()))
-        except BaseException:
-            self.close()
-            raise
-        self.known = {"base_nll": found["nll"], "base_top": found["top"]}  # exact; only KL needs the file
-        itself = found | self.known | {"kl": torch.zeros_like(found["nll"])}
-        self.quality = Quality(**_whose(lm), **_on(plan, self, _needs_steps(lm)), **figures(itself, plan), **cost)
-
-    def log_probs(self, window: Window) -> torch.Tensor:
-        """Of one window's scored tokens, mapped from the file [scored, vocabulary]."""
-        everything = torch.from_file(str(self.file), size=self.file.stat().st_size // 2, dtype=torch.float16)
-        return everything.view(self.plan.tokens, -1)[window.end - window.scored - 1:window.end - 1]
-
-    def close(self) -> None:
-        """Delete the file."""
-        self._folder.cleanup()
-
-    def __enter__(self) -> Reference:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"{self.name} · {self.setting.label}: reference for {self.plan.tokens} tokens of {self.plan.text}"
+    if reference and (reference.name, reference.revision, reference.weights) != (lm.name, lm.revision, lm.weights):
+        raise ValueError(f"quality is paired with the same model under another setting, not {reference!r}")
+    if isinstance(reference, LoadedModel):
+        _check(reference)
+        reference = Reference(reference, _read(lm, text, tokens, context, stride), progress)
+    elif reference and ({text, tokens, context, stride} != {None} or not reference.kept):
+        raise ValueError("a reference brings its text, tokens, context and stride, and must not be closed")
+    read = reference.read if reference else _read(lm, text, tokens, context, stride)
+    return _measured(lm, *read, reference, stepwise, progress)
 
 
 def _check(lm: LoadedModel) -> None:
-    """Raise ValueError for a model whose figures would mean nothing."""
-    if lm.status != "ok" or lm.model is None:
-        raise ValueError(f"{lm!r}: quality needs a loaded model")
+    if lm.model is None:
+        raise ValueError(f"quality needs a loaded model, not {lm!r}")
     if lm.weights == "random":
-        raise ValueError(f"{lm.name} has random weights here ({lm.revision}): its text is noise, and its quality would "
-                         "be a number about nothing. Take a model with real weights, such as 'smollm2-135m'")
+        raise ValueError(f"{lm.name} has random weights here: its quality is that of noise. Take smollm2-135m, say")
     if isinstance(lm.tokenizer, StandInTokenizer):
         raise ValueError(f"{lm.name} has no tokenizer in its folder: its tokens would not be those it was trained on")
-
-
-def _against(lm: LoadedModel, reference: LoadedModel | Reference | None, text: str | None, tokens: int | None,
-             context: int, stride: int | None) -> tuple:
-    """The plan, what gives the reference's logits of a batch, and what is known of it exactly."""
-    if reference is not None and (reference.name, reference.revision, reference.weights) != (
-            lm.name, lm.revision, lm.weights):
-        raise ValueError(f"quality is paired with the same model under another setting, not {reference!r}")
-    if not isinstance(reference, Reference):
-        plan = make_plan(lm, text, tokens, context, stride)
-        if reference is None:
-            return plan, None, {}
-        _check(reference)
-        return plan, partial(forward, reference, plan=plan, stepwise=_needs_steps(reference)), {}
-    if (text, tokens, context, stride) != (None, None, CONTEXT, None):
-        raise ValueError("the reference was made with its text, tokens, context and stride: they hold here too")
-    if not reference.file.is_file():
-        raise ValueError(f"{reference!r} is closed: make it again")
-    return reference.plan, reference.log_probs, reference.known
-
-
-def _needs_steps(lm: LoadedModel) -> bool:
-    return QUANTISERS[lm.setting.quantisation].stepwise
-
-
-def _evaluate(lm: LoadedModel, plan: Plan, stepwise: bool, progress: bool, base=None, keep=None) -> tuple[Values, dict]:
-    """The values per token (see `logits.evaluate`), and what the pass cost."""
-    held, has_peak = machine.held_bytes(lm.device), machine.reset_peak(lm.device)
-    start = time.perf_counter()
-    found = evaluate(lm, plan, stepwise, base, keep, progress)
-    seconds = time.perf_counter() - start  # the values are on the CPU by now
-    return found, {"eval_s": seconds, "eval_tokens_per_s": plan.tokens / seconds,
-                   "peak_bytes": max(machine.peak_bytes(lm.device) - held, 0) if has_peak else None}
 
 
 def _whose(lm: LoadedModel) -> dict:
@@ -161,15 +96,126 @@ def _whose(lm: LoadedModel) -> dict:
             "machine": machine.facts(), "versions": machine.versions()}
 
 
-def _on(plan: Plan, reference: LoadedModel | Reference | None, stepwise: bool) -> dict:
-    return {"text": plan.text, "text_sha256": plan.sha256, "tokens": plan.tokens, "context": plan.context,
-            "stride": plan.stride, "windows": len(plan.windows), "stepwise": stepwise,
-            "reference": None if reference is None else reference.setting.key}
+# ---- the text ----
+
+def find_text(text: str | None = None) -> tuple[str, str]:
+    """A text's name and the text. None or "quantbench-eval": about 3,000 tokens of prose written for this project, so
+    that no model has seen them. "wikitext-2": the raw test set of WikiText-2 (Merity et al. 2016), from the Hub."""
+    if text in (None, "quantbench-eval"):
+        file = Path(__file__).parents[1] / "data" / "evaluation.txt"
+        return "quantbench-eval", file.read_text(encoding="utf-8").strip()
+    if text != "wikitext-2":
+        return "own text", text
+    from huggingface_hub import hf_hub_download
+    from pyarrow import parquet
+
+    path = hf_hub_download("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet", repo_type="dataset",
+                           local_files_only=not hub_answers())
+    return text, "\n\n".join(parquet.read_table(path)["text"].to_pylist())  # as for GPT-2's published figures
 
 
-def _need_disk(tokens: int, vocab_size: int, folder: str | Path) -> None:
-    need, limit = 2 * tokens * vocab_size, min(DISK_BYTES, shutil.disk_usage(folder).free)
-    if need > limit:
-        raise ValueError(f"the reference's log-probabilities would take {need / 1e9:.1f} GB on disk, over the "
-                         f"{limit / 1e9:.1f} GB there are: give tokens={limit // (2 * vocab_size)}, or the loaded "
-                         "model itself as the reference, which needs no disk")
+def windows_of(ids: torch.Tensor, context: int, stride: int, bos: int | None = None) -> list[Window]:
+    """Windows of `context` tokens that begin every `stride`: the first scores all its tokens but the first, every other
+    its last `stride`, so that each token is scored once, with at least context - stride before it (transformers' guide
+    to the perplexity of fixed-length models). `bos` replaces each window's first token, as in llama.cpp."""
+    windows, done = [], 1
+    for start in range(0, max(len(ids) - context, 0) + stride, stride):
+        end = min(start + context, len(ids))
+        first = ids[start:start + 1] if bos is None else torch.tensor([bos])
+        windows.append((torch.cat([first, ids[start + 1:end]])[None], end - done))
+        done = end
+    return windows
+
+
+def _read(lm: LoadedModel, text: str | None, tokens: int | None, context: int | None,
+          stride: int | None) -> tuple[list[Window], dict]:
+    """The windows of a text, and what a record says of them."""
+    _check(lm)
+    context = whole("context", 512 if context is None else context, 2)
+    stride = whole("stride", max(context // 2, 1) if stride is None else stride)
+    tokens = None if tokens is None else whole("tokens", tokens, LEAST_TOKENS)
+    if stride >= context:
+        raise ValueError(f"stride must be below the context of {context}, not {stride}: tokens would go unscored")
+    if lm.context_length and context > lm.context_length:
+        raise ValueError(f"a context of {context} is over the {lm.context_length} tokens {lm.name} has positions for")
+    name, body = find_text(text)
+    ids, bos = lm.tokenizer.encode(body)[:tokens], getattr(lm.tokenizer, "bos_token_id", None)
+    if len(ids) < LEAST_TOKENS:
+        raise ValueError(f"a text of {len(ids)} tokens is too short: give {LEAST_TOKENS} tokens, or 'wikitext-2', say")
+    windows = windows_of(torch.tensor(ids), context, stride, bos if ids[0] == bos else None)
+    return windows, {"text": name, "text_sha256": hashlib.sha256(body.encode(errors="replace")).hexdigest(),
+                     "tokens": len(ids) - 1, "context": context, "stride": stride, "windows": len(windows)}
+
+
+# ---- from logits to values per token, and to figures ----
+
+def _measured(lm: LoadedModel, windows: list[Window], on: dict, reference: Reference | None, stepwise: bool | None,
+              progress: bool) -> Quality:
+    """The record of one pass over a text."""
+    stepwise = QUANTISERS[lm.setting.quantisation].stepwise if stepwise is None else stepwise
+    on = _whose(lm) | on | {"stepwise": stepwise, "reference": reference and reference.setting.key}
+    try:
+        values = torch.cat(list(_values(lm, windows, stepwise, reference and reference.kept, progress)))
+        if not values.isfinite().all():
+            return Quality(**on, status="failed", reason="the logits are not finite")
+        return Quality(**on, **_figures(values, [scored for _, scored in windows], paired=reference is not None))
+    except (RuntimeError, MemoryError) as error:
+        if (reason := machine.out_of_memory(error)) is None:
+            raise
+    gc.collect()  # not in the except clause: the traceback holds what was allocated
+    machine.release(lm.device)
+    return Quality(**on, status="out_of_memory", reason=reason)
+
+
+@torch.inference_mode()
+def _values(lm: LoadedModel, windows: list[Window], stepwise: bool, kept: list | None,
+            progress: bool) -> Iterator[torch.Tensor]:
+    """ROWS tokens at a time, float64 on the CPU [rows, 5]: negative log-likelihood (nats), whether it was the first
+    choice, KL(reference || this) (nats), whether both have the same first choice, whether it was the reference's.
+
+    `kept`, the reference's log-probabilities and first choices, is filled where it is empty: by the reference's pass.
+    """
+    title, filling, place = f"{lm.name} · {lm.setting.label} · quality", kept == [], 0
+    for seen, scored in tqdm(windows, desc=title, unit="window", leave=False, disable=not progress):
+        ids = seen.to(lm.model.device)
+        logits = stepwise_logits(lm.model, ids, scored)[0] if stepwise else (
+            lm.model(input_ids=ids, use_cache=False).logits[0, -scored - 1:-1])
+        for some, true in zip(logits.split(ROWS), ids[0, -scored:].split(ROWS)):
+            ours = some.float().log_softmax(-1)
+            first = base_first = ours.argmax(-1)
+            kl = torch.zeros_like(ours[:, 0])
+            if filling:
+                kept.append((ours.half().cpu(), first.cpu()))
+            elif kept:
+                base, base_first = (one.to(ours.device) for one in kept[place])
+                base = base.float().log_softmax(-1)
+                kl = (base.exp() * (base - ours)).masked_fill_(base == -torch.inf, 0).sum(-1)  # ruled out: adds nothing
+            found = -ours.gather(1, true[:, None])[:, 0], first == true, kl, first == base_first, base_first == true
+            yield torch.stack([column.double() for column in found], dim=1).cpu()
+            place += 1
+
+
+def _figures(values: torch.Tensor, scored: list[int], paired: bool) -> dict:
+    nll, right, kl, same, base_right = torch.stack([part.sum(0) for part in values.split(scored)], dim=1)
+    sizes = torch.tensor(scored, dtype=torch.float64)
+    (mean, error, _), (kl_mean, _, kl_ci), (kept, _, kept_ci) = (
+        ratio(nll, sizes), ratio(kl, sizes), ratio(right, base_right))
+    perplexity = math.exp(min(mean, 60.0))  # of a broken model it stays a number
+    found = {"perplexity": perplexity, "perplexity_se": error and perplexity * error,
+             "accuracy": ratio(right, sizes)[0]}
+    return found | {"kl_mean": kl_mean, "kl_ci": kl_ci, "kl_windows": (kl / sizes).tolist(),
+                    "kl_p99": values[:, 2].quantile(0.99).item(), "top1_agreement": ratio(same, sizes)[0],
+                    "accuracy_kept": kept, "accuracy_kept_ci": kept_ci} if paired else found
+
+
+def ratio(tops: torch.Tensor, bottoms: torch.Tensor) -> tuple[float | None, float | None, Interval | None]:
+    """sum(tops) / sum(bottoms), its standard error over windows, whose sums these are (Cochran 1977, 6.5), and its 95%
+    interval, Student's t: of 6 windows of simulated text it covers 92 to 95 times in 100, a bootstrap 84 to 86 times.
+    None below 6 windows. Not over tokens, as in llama.cpp: those of a window share their text."""
+    windows, total = len(tops), bottoms.sum().item()
+    value = tops.sum().item() / total if total > 0 else None
+    if windows < LEAST or value is None:
+        return value, None, None
+    error = (windows / (windows - 1) * (tops - value * bottoms).square().sum()).sqrt().item() / total
+    half = t.ppf(0.975, windows - 1) * error
+    return value, error, (max(value - half, 0.0), max(value + half, 0.0))

@@ -1,0 +1,125 @@
+"""Quality beside speed: the table, the chart, and what each setting wrote."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Iterable
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from quantbench.charts import GREY, INK, SMALL, TITLE, colour_of
+from quantbench.evaluation.judging import MEMORY, Scored, beats, groups, on_what
+from quantbench.labels import cells, machine_of
+from quantbench.records import FIGURES
+from quantbench.results import Run
+from quantbench.tables import Table, Tables
+from quantbench.wording import span
+
+_COLUMNS = {  # label -> an attribute of the quality, its cell or its row, and its decimals or the format of its ends
+    "Perplexity": ("perplexity", 2), "± (over windows)": ("perplexity_se", 2), "KL vs reference": ("kl_mean", 5),
+    "KL 95%": ("kl_ci", ".2g"), "KL 99th percentile": ("kl_p99", 4), "Top-1 agreement": ("top1_agreement", 3),
+    "Accuracy kept": ("accuracy_kept", 3), "Accuracy kept 95%": ("accuracy_kept_ci", ".3f"),
+    "Keeps 99%": ("keeps_99", None), "Workload": ("workload", None), FIGURES["tokens_per_s"]: ("tokens_per_s", 1),
+    FIGURES["vram_gb"]: ("vram_gb", 3), FIGURES["weights_gb"]: ("weights_gb", 3)}
+_DECIMALS = {label: digits for label, (_, digits) in _COLUMNS.items() if isinstance(digits, int)}
+_NOTE = ("KL: KL(reference || setting), nats per token. Top-1 agreement: share of tokens with the same first choice. "
+         "Accuracy kept: top-1 accuracy over the reference's; keeps 99% (MLPerf's target): whether its interval lies "
+         "above that, below, or does not tell. Intervals are over windows of the text.")
+
+
+def quality_table(run: Iterable) -> pd.DataFrame:
+    """One row per quality, beside what its setting takes at the workload that most have; NaN where nothing."""
+    return _frame([one for group in groups(run) for one in group])
+
+
+def _frame(some: list[Scored]) -> pd.DataFrame:
+    records = []
+    for one in some:
+        parts = (one.found, one.cell, one.cell and one.cell.row)
+        record = {"Setting": one.setting + " (token by token)" * bool(one.found.stepwise)}
+        for label, (name, digits) in _COLUMNS.items():
+            value = next((getattr(part, name) for part in parts if hasattr(part, name)), None)
+            record[label] = span(value, digits) if value and isinstance(digits, str) else value
+        told = {True: "yes", False: "no", None: "not told"}[one.found.keeps_99]
+        records.append(record | {"Keeps 99%": told if one.found.reference else None})
+    models = pd.Index([one.model for one in some], name="Model", dtype=object)
+    return pd.DataFrame(records, models, ["Setting", *_COLUMNS], object).astype(dict.fromkeys(_DECIMALS, float))
+
+
+def show_quality(run: Iterable) -> Tables:
+    """The table as a notebook shows it: one per model, machine, text and reference, without empty columns."""
+    shown = []
+    for group in groups(run):
+        caption = [group[0].model, f"{group[0].found.weights} weights", on_what(group), group[0].found.machine_name]
+        frame = _frame(group).drop(columns="Workload").dropna(axis="columns", how="all")
+        shown.append(Table(frame, list(filter(None, caption)), _NOTE, _DECIMALS))
+    return Tables(shown, empty="no quality measured yet")
+
+
+def plot_quality(run: Iterable) -> Figure:
+    """Speed against closeness to the reference, per model and text: the upper right corner is the best. The legend, the
+    closest first, has their memory; a hollow mark's setting is beaten by another one of its device. Raises ValueError
+    where no setting has both, and for rows of two machines."""
+    run = Run.of(run)
+    machine = machine_of([*run, *run.qualities])
+    panels = [[one for one in group if one.cell and one.found.kl_mean is not None] for group in groups(run)]
+    if not any(panels):
+        raise ValueError("no setting here has both speed and quality: qb.generate and qb.quality give them")
+    panels = [sorted(panel, key=lambda one: one.found.kl_mean) for panel in panels if panel]
+    fig, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(9, 0.6 + 4 * len(panels)), layout="constrained")
+    plt.close(fig)
+    fig.suptitle("Speed against quality: up and to the right is better", x=0.01, ha="left", size=TITLE, weight="bold")
+    for ax, panel in zip(axes[:, 0], panels):
+        ax.set_title(f"{panel[0].model} on {machine}\n{on_what(panel)}", loc="left", size=SMALL, color=GREY,
+                     parse_math=False)
+        _draw(ax, panel)
+    return fig
+
+
+def _draw(ax: Axes, panel: list[Scored]) -> None:
+    for shape, one in zip(cycle("oD^sv<>phPX*8"), panel):
+        colour, kl, row = colour_of(one.found.setting), max(one.found.kl_mean, 0.0), one.cell.row
+        size = next((f" · {size:.3f} GB {of}" for name, of in MEMORY.items() if (size := getattr(row, name))), "")
+        hollow = any(beats(other, one) for other in panel)
+        ax.scatter(row.tokens_per_s, kl, s=90, marker=shape, zorder=3, edgecolor=colour,
+                   facecolor="none" if hollow else colour, label=f"{one.setting} · {kl:.2g}{size}")
+        ax.hlines(kl, *(row.tokens_per_s_ci or [row.tokens_per_s] * 2), color=INK, linewidth=0.8)
+    ax.set_yscale("symlog", linthresh=min((one.found.kl_mean for one in panel if one.found.kl_mean > 0), default=1e-5))
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.05 * ax.get_xlim()[1])
+    ax.set_xlabel(FIGURES["tokens_per_s"], size=SMALL, color=GREY)
+    ax.set_ylabel("KL from the reference, nats", size=SMALL, color=GREY)
+    ax.tick_params(length=0, labelsize=SMALL)
+    ax.grid(color="#DDDDDD", linewidth=0.8)
+    ax.spines[["top", "right"]].set_visible(False)
+    legend = ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=SMALL)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def continuations(run: Iterable) -> Tables:
+    """The greedy texts of a run, a table per model and prompt, each setting's longest: what it has in common with the
+    first one's, and how it goes on. The first is the qualities' reference where it wrote."""
+    run, together, tables = Run.of(run), {}, []
+    references = {(one.model, one.reference) for one in run.qualities}
+    for cell in cells(run):
+        if cell.row.text is not None and cell.row.status == "ok":
+            together.setdefault((cell.model, cell.row.prompt), {})[cell.setting] = cell  # cells come by length
+    for (model, prompt), found in together.items():
+        texts = sorted(found.values(), key=lambda cell: (cell.row.model, cell.row.setting) not in references)
+        parts = [(cell.setting, *_divided(cell.row.text, texts[0].row.text)) for cell in texts]
+        frame = pd.DataFrame(parts, columns=["Setting", f"As {texts[0].setting} wrote", "And on"])
+        tables.append(Table(frame, [model, f"{prompt} …"]))
+    return Tables(tables, empty="no texts: random weights write noise")
+
+
+def _divided(text: str, first: str) -> tuple[str, str]:
+    """`text` as the words that it shares with `first`, and the rest; where one was cut, it shares all."""
+    common = os.path.commonprefix([text, first])
+    end = len(text) if common in (text, first) else re.match(r"(?s)(.*\s)?", common).end()
+    return text[:end], text[end:]
