@@ -16,12 +16,6 @@ T4 = {"gpu": "Tesla T4", "gpu_capability": [7, 5]}
 H200 = {"gpu": "NVIDIA H200", "gpu_capability": [9, 0]}
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    """In place of the capture: the work itself."""
-    monkeypatch.setattr(Graph, "_capture", lambda graph, work: work)
-
-
 def eager(lm, inputs, tokens):
     return Eager(lm, inputs, tokens)(tokens)
 
@@ -31,20 +25,8 @@ def read(lm, ids):
         return lm.model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("setting", ["cpu-fp32", "cpu-int4"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_graphs_step_gives_eagers_tokens_at_every_length_and_again(tiny, at_once, setting, batch):
-    with qb.load(tiny, setting) as lm:
-        inputs = lm.encode(qb.PROMPT, batch)
-        graph = Graph(lm, inputs, 40)
-        for tokens in (40, 1, 17, 40):
-            assert torch.equal(graph(tokens), eager(lm, inputs, tokens))
-        assert graph.differs(graph(17)) == (None, False)
-        del graph
-
-
 @pytest.mark.parametrize("stop", [lambda first: first, lambda first: [first, 3], lambda first: 50256, lambda first: []])
-def test_stop_tokens_are_suppressed_as_min_new_tokens_does(tiny_gpt2, at_once, stop):
+def test_stop_tokens_are_suppressed_as_min_new_tokens_does(tiny_gpt2, stop):
     with qb.load(tiny_gpt2, "cpu-fp32") as lm:
         inputs = lm.encode(qb.PROMPT)
         lm.model.generation_config.eos_token_id = stop(int(eager(lm, inputs, 1)[0, -1]))
@@ -77,17 +59,13 @@ def test_a_wrong_token_is_told_from_a_near_tie(tiny_gpt2):
     ("graph", "gpu-int4", T4, None),
     ("graph", "gpu-int8-nosplit", H200, None),
     ("graph", "gpu-int8", H200, "outlier split decides"),
-    ("graph", "cpu-fp32", H200, None),
     ("graph", "cpu-int8", H200, "outlier split decides"),
     ("compile", "cpu-fp32", H200, "needs an NVIDIA GPU"),
     ("compile", "gpu-fp16", H200, None),
-    ("compile", "gpu-int4", H200, None),
-    ("compile", "gpu-int8", H200, "outlier split decides"),
     ("compile", "gpu-fp16", T4, "Triton does not support compute capability 7.5"),
 ])
 def test_an_engine_that_cannot_run_says_why(tiny_gpt2, monkeypatch, engine, setting, facts, reason):
     monkeypatch.setattr(machine, "facts", lambda: facts)
-    monkeypatch.delenv("QUANTBENCH_COMPILE_ON_TURING", raising=False)
     with qb.load(tiny_gpt2, "cpu-fp32") as lm:
         lm.setting = qb.SETTINGS[setting]
         lm.device = lm.setting.device
@@ -112,9 +90,7 @@ def test_a_traced_step_gives_eagers_tokens_at_every_length_and_leaves_nothing(ti
         for tokens in (40, 1, 17, 40):
             reason, wrong = graph.differs(graph(tokens))
             assert not wrong, reason
-        row = qb.generate(lm, batch_size=batch, max_new_tokens=40, repeats=2, engine="graph", progress=False)
-        assert row.status == "ok" and row.new_tokens == 40 and row.prepare_s > 0, row.reason
-        del graph, row
+        del graph
         alive = weakref.ref(lm.model)
     assert alive() is None
 
@@ -147,15 +123,31 @@ def test_the_compiled_engine_runs(setting):
     assert row.status == "ok", row.reason
 
 
-@pytest.mark.parametrize("kind, more, said", [
-    ("mistral", {"sliding_window": 32}, "StaticSlidingWindowLayer"),
-    ("lfm2", {"layer_types": ["conv", "full_attention"]}, "LinearAttentionLayer")])
-def test_a_cache_of_another_kind_is_refused_in_a_sentence(tmp_path, kind, more, said):
-    config = {"model_type": kind, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0,
-              "eos_token_id": 1}
+FULL = {"num_key_value_heads": 2, "intermediate_size": 128, "eos_token_id": [1, 9999]}
+ARCHITECTURES = {  # model_type (and what sets it apart) -> its configuration, and why it is not captured, if it is not
+    "mistral": ({**FULL, "sliding_window": None}, None), "qwen3": ({**FULL, "head_dim": 16}, None),
+    "gpt_neox": ({"intermediate_size": 128, "eos_token_id": []}, None),
+    "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64}, None),
+    "falcon": ({"multi_query": True, "eos_token_id": -1}, None),
+    "falcon with alibi": ({"multi_query": True, "alibi": True}, "cannot run it with a static cache"),
+    "mistral with windows": ({**FULL, "sliding_window": 8}, "StaticSlidingWindowLayer"),
+    "gemma3_text": ({**FULL, "head_dim": 16, "sliding_window": 8}, "StaticSlidingWindowLayer"),
+    "mamba": ({"state_size": 8}, "no static cache for MambaForCausalLM"),
+    "lfm2": ({**FULL, "layer_types": ["conv", "full_attention"]}, "LinearAttentionLayer"),
+    "jamba": ({**FULL, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+              "LinearAttentionLayer")}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_has_eagers_text_or_is_refused_in_a_sentence(tmp_path, name):
+    more, refused = ARCHITECTURES[name]
+    config = {"model_type": name.split()[0], "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "max_position_embeddings": 64, "eos_token_id": 1, "pad_token_id": 2}
     (tmp_path / "config.json").write_text(json.dumps(config | more))
     with qb.load(tmp_path, "cpu-fp32") as lm:
-        row = qb.generate(lm, max_new_tokens=8, repeats=1, engine="graph", progress=False)
-        assert row.status == "unavailable" and said in row.reason
-        assert qb.generate(lm, max_new_tokens=8, repeats=1, progress=False).status == "ok"
+        row = qb.generate(lm, batch_size=2, max_new_tokens=24, repeats=1, engine="graph", progress=False)
+        if refused:
+            assert row.status == "unavailable" and refused in row.reason
+            assert qb.generate(lm, max_new_tokens=8, repeats=1, progress=False).status == "ok"
+        else:  # held against eager's when the row was made
+            assert (row.status, row.reason, row.new_tokens) == ("ok", None, 24) and row.prepare_s > 0

@@ -8,12 +8,9 @@ from quantbench.quantisers import find_quantiser
 
 
 def difference(lm: LoadedModel, ours: torch.Tensor, eager: torch.Tensor, prompt_tokens: int) -> tuple[str | None, bool]:
-    """Where an engine's ids [batch, prompt + new] leave eager's, in words (None: nowhere), and whether that is wrong.
-
-    A near-tie may fall either way, and every token after it is then another text's. So the engine's own text is read
-    by the eager model: each token it chose must be the best there, or short of the best by no more than rounding
-    explains: 4 of the steps in which a quantiser rounds the largest logit, or what `_nudged` says of this model.
-    """
+    """Where an engine's ids [batch, prompt + new] leave eager's, in words (None: nowhere), and whether that is wrong: a
+    near-tie may fall either way. So the eager model reads the engine's own text: each token must be the best there, or
+    short of it by what rounding explains: 4 of a quantiser's steps of the largest logit, or what `_nudged` says."""
     if torch.equal(ours, eager):
         return None, False
     logits = _read(lm, ours, prompt_tokens)
@@ -48,18 +45,11 @@ def stop_tokens(lm: LoadedModel, device: torch.device) -> torch.Tensor | None:
 
 
 def _nudged(lm: LoadedModel, ids: torch.Tensor, prompt_tokens: int, logits: torch.Tensor) -> float:
-    """How far two logits can part when every embedding moves by one unit in its last place, up and down in turn.
-
-    A deep model that rounds its activations to 8 bits carries one rounding that flips through all its layers.
-    """
-
+    """How far two logits can part when every embedding moves by one unit in its last place, up and down in turn."""
     def nudge(module: torch.nn.Module, args: tuple, embedded: torch.Tensor) -> torch.Tensor:
         turns = 1 - 2 * (torch.arange(embedded.shape[-1], device=embedded.device) % 2)
         return embedded * (1 + torch.finfo(embedded.dtype).eps * turns).to(embedded.dtype)
 
-    hook = lm.model.get_input_embeddings().register_forward_hook(nudge)
-    try:
+    with lm.model.get_input_embeddings().register_forward_hook(nudge):
         moved = (_read(lm, ids, prompt_tokens) - logits).abs()
-    finally:
-        hook.remove()
     return 2 * moved[moved.isfinite()].max().item()

@@ -1,7 +1,5 @@
 """A greedy decode step captured once and replayed: no Python between two tokens, so precision is what is measured."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable
@@ -18,25 +16,27 @@ from quantbench.engines.agreement import difference, stop_tokens
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
 from quantbench.weights import cache_folder
-from quantbench.wording import listed
-
-TURING_OPT_IN = "QUANTBENCH_COMPILE_ON_TURING"
+from quantbench.wording import cut, listed
 
 
 class Graph:
-    """Prefill and one decode step with its argmax, each captured once and replayed; the KV cache is static.
-
-    Captured is what transformers computes, as it is: on a GPU a CUDA graph, on a CPU a TorchScript trace. Between two
-    tokens the host does nothing but start one replay.
-    """
+    """Prefill and one decode step with its argmax, each captured once and replayed, on a static KV cache: what
+    transformers computes, as it is, on a GPU as a CUDA graph, on a CPU as a TorchScript trace."""
 
     @staticmethod
+    @torch.no_grad()
     def why_not(lm: LoadedModel) -> str | None:
         if not getattr(lm.model, "_can_compile_fullgraph", False):
             return f"transformers has no static cache for {type(lm.model).__name__}"
-        layers = StaticCache(config=lm.model.config, max_cache_len=64).layers
-        if others := sorted({type(layer).__name__ for layer in layers} - {"StaticLayer"}):
+        cache = StaticCache(config=lm.model.config, max_cache_len=64)
+        if others := sorted({type(layer).__name__ for layer in cache.layers} - {"StaticLayer"}):
             return f"its cache has {listed(others)} (sliding windows, states): only full attention's step is captured"
+        try:  # what says that it can may be unable to: Falcon with ALiBi
+            lm.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=lm.model.device), past_key_values=cache)
+        except (RuntimeError, ValueError) as error:
+            if machine.out_of_memory(error) is None:
+                return f"transformers cannot run it with a static cache: {cut(error, 80)}"
+            raise
         return find_quantiser(lm.setting.quantisation).not_captured(lm.setting)
 
     def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int) -> None:
@@ -48,23 +48,23 @@ class Graph:
         self.position, self.slot = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.new = torch.zeros(batch, room, dtype=torch.long, device=device)
-        self.writing = SimpleNamespace(at=torch.arange(self.start, device=device))
-        self.model = self._model()
+        self.writing, self.model = SimpleNamespace(at=torch.arange(self.start, device=device)), self._model()
         with torch.no_grad():
             self._prefill()  # the cache takes its shape from the first keys
-            _share_position(self.cache, self.position, self.writing)
+            for layer in self.cache.layers:  # all write at one shared position, in place of 3 kernels each that count
+                layer.cumulative_length = self.position
+                layer.update = lambda keys, values, *_, to=layer, writing=self.writing, **__: (
+                    to.keys.index_copy_(2, writing.at, keys), to.values.index_copy_(2, writing.at, values))
             self.prefill, self.step = self._capture(self._prefill), self._capture(self._step)
 
     def _model(self) -> Callable:
-        """What computes a decode step."""
         return self.lm.model
 
     def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return cuda_graph(work) if self.prompt.is_cuda else traced(self, work)
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Everything that a step writes to."""
+    def tensors(self) -> tuple[torch.Tensor, ...]:  # everything that a step writes to
         return (self.token, self.position, self.slot, self.new,
                 *(tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)))
 
@@ -116,13 +116,12 @@ class Compiled(Graph):
     def why_not(lm: LoadedModel) -> str | None:
         if lm.device != "cuda":
             return "the compile engine needs an NVIDIA GPU"
-        if machine.facts()["gpu_capability"] < [8, 0] and not os.environ.get(TURING_OPT_IN):
-            return f"Triton does not support compute capability 7.5; {TURING_OPT_IN}=1 tries all the same"
+        if machine.facts()["gpu_capability"] < [8, 0]:
+            return "Triton does not support compute capability 7.5"
         return Graph.why_not(lm)
 
     def _model(self) -> Callable:
-        # what is compiled is kept: the next process pays little
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))  # kept for other processes
         torch._dynamo.reset()  # what was compiled for another cell counts against a limit
         return torch.compile(self.lm.model, fullgraph=True, dynamic=False)
 
@@ -157,24 +156,10 @@ class _Traceable(nn.Module):
 def traced(graph: Graph, work: Callable[[], None]) -> Callable[[], None]:
     """`work` as a TorchScript trace: torch runs its operators one after the other without Python."""
     tensors = graph.tensors
-    with warnings.catch_warnings(), quiet():
-        warnings.simplefilter("ignore")  # of values that the trace takes as constant: the text is held against eager's
+    with warnings.catch_warnings(action="ignore"), quiet():  # values become constant: the text is held against eager's
         script = torch.jit.trace(_Traceable(graph, work), tensors, check_trace=False)
     graph.tensors = tensors
-
-    @torch.no_grad()
-    def replay() -> None:
-        script(*tensors)
-
+    replay = torch.no_grad()(lambda: script(*tensors))
     for _ in range(2):  # the first calls profile and optimise
         replay()
     return replay
-
-
-def _share_position(cache: StaticCache, position: torch.Tensor, writing: SimpleNamespace) -> None:
-    """Let every full-attention layer write at one shared position, instead of counting with 3 kernels of its own."""
-    for layer in cache.layers:
-        if type(layer).__name__ == "StaticLayer":
-            layer.cumulative_length = position
-            layer.update = lambda keys, values, *_, layer=layer, **__: (
-                layer.keys.index_copy_(2, writing.at, keys), layer.values.index_copy_(2, writing.at, values))
