@@ -118,7 +118,7 @@ def on_meta(config: PretrainedConfig) -> nn.Module:
             if isinstance(value, list) and len(value) == layers:  # a kind for each layer
                 setattr(text, name, value[:MANY])
         text.num_hidden_layers = MANY
-    key = config.to_json_string(use_diff=False)
+    key = f"{layers} {config.to_json_string(use_diff=False)}"
     if key not in _built:
         if len(_built) >= KEPT:
             _built.clear()

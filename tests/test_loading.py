@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import quantbench as qb
 from quantbench import inspection, weights
-from quantbench.inspection import audit, check, weights_estimate
+from quantbench.inspection import audit, check, load_estimate, weights_estimate
 from quantbench.loading import conv1d_to_linear
 from quantbench.weights import find
 from tests.conftest import CPU_SETTINGS
@@ -84,17 +85,6 @@ def test_the_estimate_before_load_is_near_the_ledger_after_it(model, setting):
         assert estimate == pytest.approx(lm.weights_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize("kind, config", [
-    ("gpt2", {}), ("llama", {}), ("falcon", {"multi_query": True, "new_decoder_architecture": False}),
-    ("qwen3", {"head_dim": 32}), ("mixtral", {"num_local_experts": 4}), ("gemma2", {"head_dim": 32, "sliding_window": 64})])
-def test_the_kv_cache_is_told_to_the_byte(saved, kind, config):
-    with qb.load(saved(kind, **config), "cpu-fp32") as lm:
-        ids = torch.ones(3, 12, dtype=torch.long)
-        out = lm.model(input_ids=ids, use_cache=True)
-        by_hand = sum(t.nbytes for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
-        assert lm.audit["kv_bytes_per_token"] * ids.numel() == by_hand
-
-
 # ---- the audit ----
 
 def test_a_model_left_unquantised_makes_load_raise(tiny, monkeypatch):
@@ -118,22 +108,89 @@ def test_a_model_half_quantised_or_otherwise_quantised_is_named(tiny_gpt2):
             check(lm.audit, qb.SETTINGS["gpu-int8-nosplit"])
 
 
-def test_a_checkpoint_that_is_quantised_itself_is_refused(saved, tmp_path):
-    how = transformers.BitsAndBytesConfig(load_in_8bit=True)
+OWN = {"cpu-int8": {"load_in_8bit": True, "llm_int8_threshold": 4.0},
+       "cpu-int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}}
+
+
+@pytest.mark.parametrize("setting", OWN)
+def test_a_checkpoint_that_is_quantised_itself_is_measured_as_stored_or_refused(saved, tmp_path, setting):
+    how = transformers.BitsAndBytesConfig(**OWN[setting])
     transformers.AutoModelForCausalLM.from_pretrained(saved(), device_map={"": "cpu"}, quantization_config=how
-                                                      ).save_pretrained(tmp_path / "int8")
-    for setting in ("cpu-fp32", "cpu-int4"):
-        with pytest.raises((qb.AuditError, ValueError)):
-            qb.load(tmp_path / "int8", setting)
+                                                      ).save_pretrained(tmp_path / "own")
+    for other in ("cpu-fp32", "cpu-int8", "cpu-int4"):
+        with pytest.raises(ValueError, match="itself is quantised .bitsandbytes, . bits.*ask for cpu-stored"):
+            qb.load(tmp_path / "own", other)
+    stored = measured(tmp_path / "own", "cpu-stored").audit
+    promised = {"threshold": 4.0} if setting == "cpu-int8" else {"double": True, "block": 64}
+    assert stored["quantised"] == 14 and stored["details"].items() >= promised.items()
+    with qb.load(tmp_path / "own", setting, weights="random") as lm:
+        assert lm.weights == "random" and lm.audit["quantiser"] == qb.SETTINGS[setting].quantisation
 
 
-@pytest.mark.parametrize("rename", [lambda name: "_orig_mod." + name,
-                                    lambda name: None if "layers.1.mlp" in name else name])
-def test_a_checkpoint_whose_weights_are_not_all_there_is_refused(saved, rename):
+@pytest.mark.parametrize("method, package", [
+    ("gptq", "optimum"), ("awq", "gptqmodel"), ("compressed-tensors", "compressed-tensors"), ("torchao", "torchao")])
+def test_as_stored_is_unavailable_without_the_package_and_refused_without_quantisation(saved, method, package):
+    folder = saved()
+    with pytest.raises(ValueError, match="is not quantised itself"):
+        qb.load(folder, "cpu-stored")
+    own = {"quant_method": method, "bits": 4, "group_size": 32, "config_groups": {}, "quant_type": "int8_weight_only"}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": own}
+    (folder / "config.json").write_text(json.dumps(config))
+    row = measured(folder, "cpu-stored")
+    assert row.status == "unavailable" and method in row.reason and package in row.reason
+
+
+class Codes(torch.nn.Module):
+    """A layer of a library that nobody here knows."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(8, 64).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_what_no_entry_knows_is_still_seen_to_be_quantised(tiny_llama, dtype):
+    with qb.load(tiny_llama, "cpu-fp32") as lm:
+        lm.model.model.layers[0].mlp.up_proj = Codes(dtype)
+        found = audit(lm.model, 0)
+        assert (found["quantiser"], found["class"], found["storage_dtype"]) == ("stored", "Codes", str(dtype)[6:])
+        with pytest.raises(qb.AuditError, match="1 modules are quantised"):
+            check(found, lm.setting)
+
+
+def renamed(change):
+    """An edit of a checkpoint's weights: each by its new name, or left out."""
+    return lambda folder, weights: {new: one for name, one in weights.items() if (new := change(name))}
+
+
+def told(**values):
+    """An edit of a checkpoint's configuration alone."""
+    def edit(folder, weights):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+        return weights
+    return edit
+
+
+@pytest.mark.parametrize("edit, message", [
+    (renamed(lambda name: "_orig_mod." + name), "21 weights are not in the .* lm_head.*it has _orig_mod"),
+    (renamed(lambda name: None if "layers.1.mlp" in name else name), "3 weights are not in the .* model.layers.1.mlp"),
+    (renamed(lambda name: None if "lm_head" in name else name), "1 weights are not in the .* such as lm_head.weight"),
+    (renamed(lambda name: name.removeprefix("model.") if "lm_head" not in name else None), "such as lm_head.weight"),
+    (told(num_hidden_layers=1), "9 weights are not in the model, such as model.layers.1"),
+    (told(intermediate_size=64), "6 weights are of another shape than the model's, such as model.layers.0.mlp"),
+    (lambda folder, weights: weights | {"model.layers.0.mlp.up_proj.bias": torch.ones(128)}, "not in the model"),
+    (told(tie_word_embeddings=True), None),
+    (lambda folder, weights: weights | {"v_head.summary.weight": torch.ones(1, 64)}, None),
+    (lambda folder, weights: weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, None)])
+def test_weights_that_transformers_would_make_up_or_drop_are_named(saved, edit, message):
     file = saved() / "model.safetensors"
-    save_file({new: tensor for name, tensor in load_file(file).items() if (new := rename(name))}, file, {"format": "pt"})
-    with pytest.raises((qb.AuditError, ValueError)):
-        qb.load(file.parent, "cpu-fp32")
+    save_file(edit(file.parent, load_file(file)), file, {"format": "pt"})
+    if message is None:
+        assert measured(file.parent).status == "ok"
+    else:
+        with pytest.raises(ValueError, match=message):
+            qb.load(file.parent, "cpu-fp32")
 
 
 def test_a_mixture_of_experts_reads_what_a_token_uses_and_says_what_stays_unquantised(saved):
@@ -219,6 +276,71 @@ def test_out_of_memory_at_load_is_a_row(tmp_path):
     lm = qb.load(tmp_path, "cpu-fp32")
     assert lm.status == "out_of_memory" and "144,1" in lm.reason and "not tried" in lm.reason
     assert qb.generate(lm).status == "out_of_memory"
+
+
+def test_ten_thousand_layers_are_judged_without_building_them(tmp_path):
+    small, start = {"model_type": "qwen3", "hidden_size": 64, "head_dim": 16, "vocab_size": 500}, time.monotonic()
+    few, many = (inspection.on_meta(transformers.AutoConfig.for_model(**small, num_hidden_layers=layers))
+                 for layers in (72, 10_008))
+    for setting in ("cpu-fp32", "cpu-int4"):
+        row, outside = qb.SETTINGS[setting], 2 * 500 * 64 + 64  # embedding, head, last norm
+        of_layers = [weights_estimate(one, row) - outside * (4 if setting == "cpu-fp32" else 2) for one in (few, many)]
+        assert of_layers[1] == 139 * of_layers[0]
+    assert inspection.cache_bytes_per_token(many, 2) == 139 * inspection.cache_bytes_per_token(few, 2)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 10_000}))
+    assert qb.load(tmp_path, "cpu-fp32").status == "out_of_memory" and time.monotonic() - start < 30
+
+
+def test_what_is_quantised_after_it_was_loaded_is_there_unquantised_first():
+    shapes = inspection.on_meta(transformers.AutoConfig.for_model(**qb.MODELS["gpt2"].config))
+    most = {key: load_estimate(shapes, qb.SETTINGS[key]) for key in ("cpu-fp32", "cpu-int8-dynamic", "cpu-int4")}
+    assert most["cpu-int8-dynamic"] == most["cpu-fp32"] > most["cpu-int4"]
+
+
+# ---- tokenizers ----
+
+@pytest.mark.parametrize("files, tokens", [
+    ({}, 12), ({"tokenizer_config.json": {"bos_token": "x"}}, 12),  # a stand-in: a vocabulary is not there
+    ({"tokenizer_config.json": {"tokenizer_class": "ByT5Tokenizer"}}, 48),
+    ({"tokenizer.json": "{"}, "cannot be read"), ({"tokenizer.json": {"version": "1.0"}}, "cannot be read"),
+    ({"vocab.txt": "[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\nonce\n",
+      "tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}}, 14)])
+def test_what_autotokenizer_reads_is_used_and_a_stand_in_only_where_there_is_none(saved, files, tokens):
+    folder = saved()
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    if isinstance(tokens, str):
+        with pytest.raises(ValueError, match=tokens):
+            qb.load(folder, "cpu-fp32")
+    else:
+        row = measured(folder)
+        assert row.prompt_tokens == tokens and ("no tokenizer" in row.revision) == (files == {})
+
+
+def test_sentencepiece_alone_is_a_tokenizer(saved, tmp_path):
+    pytest.importorskip("google.protobuf")
+    import sentencepiece
+    (tmp_path / "text").write_text((qb.PROMPT + "\n") * 50)
+    folder = saved()
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(folder / "tokenizer"),
+                                             vocab_size=300, byte_fallback=True, model_type="bpe", minloglevel=2)
+    assert measured(folder).text is not None
+
+
+class Odd:
+    vocab_size = 500
+
+    def __init__(self, *ids: int) -> None:
+        self.encode = lambda text: list(ids)
+
+
+@pytest.mark.parametrize("tokenizer, message", [(Odd(), "makes no tokens of the prompt"),
+                                                (Odd(1, 512), "makes token 512, and the model has 500 of the prompt")])
+def test_a_prompt_without_tokens_or_with_another_models_is_one_sentence(tiny_llama, tokenizer, message):
+    with qb.load(tiny_llama, "cpu-fp32") as lm:
+        lm.tokenizer = tokenizer
+        with pytest.raises(ValueError, match=message):
+            qb.generate(lm, progress=False)
 
 
 def test_code_in_a_checkpoint_never_runs_and_nobody_is_asked(saved, monkeypatch):
