@@ -159,12 +159,13 @@ def load_estimate(model: nn.Module, setting: Setting) -> int:
 @torch.no_grad()
 def cache_bytes_per_token(model: nn.Module, itemsize: int) -> int:
     """Bytes that one token of one sequence adds to transformers' own cache, asked of a model of `on_meta`, which
-    computes shapes only: multi-query, latent and hybrid attention count what they hold."""
+    computes shapes only: multi-query, latent and hybrid attention count what they hold. Raises RuntimeError for the few
+    that read values on their way, which a loaded model can be asked for."""
     held = []
     for tokens in LOOK:
-        out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)
+        out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True)
         held.append(sum(one.numel() for one in set(_cached(out.get("past_key_values"))) if one.dim() > 1))
-    return int((held[1] - held[0]) * model.stands_for) * itemsize
+    return int((held[1] - held[0]) * getattr(model, "stands_for", 1)) * itemsize
 
 
 def need_memory(needed: int, free: int, what: str) -> None:

@@ -132,9 +132,10 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
         shapes = on_meta(config)  # before transformers writes into it
         _load_timed(lm, folder, config)
         lm.tokenizer = _tokenizer(folder, config.get_text_config().vocab_size)
-        lm.audit = audit(lm.model, cache_bytes_per_token(shapes, lm.model.dtype.itemsize))
+        lm.audit = audit(lm.model, 0)
         lm.weights_bytes = sum(lm.audit["bytes"].values())
         check(lm.audit, setting)
+        lm.audit["kv_bytes_per_token"] = _cache_bytes(shapes, lm.model)
         if setting.quantisation != "none":
             _prove(lm)
     except (RuntimeError, MemoryError) as error:
@@ -209,6 +210,13 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
     # the checkpoint's own sampling and repetition penalties would change what is timed
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[0] if stop else 0, do_sample=False)
     return model
+
+
+def _cache_bytes(shapes: nn.Module, model: nn.Module) -> int:
+    try:
+        return cache_bytes_per_token(shapes, model.dtype.itemsize)
+    except RuntimeError:
+        return cache_bytes_per_token(model, model.dtype.itemsize)
 
 
 @torch.no_grad()
