@@ -25,20 +25,22 @@ class Findings(list[str]):
         return "\n".join(f"- {plain(sentence)}" for sentence in self)
 
 
-def ratios(run: Iterable[Measurement], baseline: str = BASELINES[0]) -> pd.DataFrame:
-    """Every measured cell's tokens/sec over the baseline's: that setting, eager, of the same model, workload and
-    machine (CPU FP32 where the usual one was not measured). Low and High are NaN where the two share too few rounds
-    for a verdict, Ratio where they share none. Raises ValueError for an unknown baseline, naming the nearest.
+def ratios(run: Iterable[Measurement], baseline: str = BASELINES[0], figure: str = "tokens_per_s") -> pd.DataFrame:
+    """Every measured cell's tokens/sec, or another `figure` ("decode_tokens_per_s", "prefill_tokens_per_s"), over the
+    baseline's: that setting, eager, of the same model, workload and machine (CPU FP32 where the usual one was not
+    measured). Low and High are NaN where the two share too few rounds for a verdict, Ratio where they share none.
+    Raises ValueError for an unknown baseline, naming the nearest.
     """
     find_setting(baseline)
-    found = beside(cells(run), BASELINES if baseline == BASELINES[0] else (baseline,))
+    found = beside(cells(run), BASELINES if baseline == BASELINES[0] else (baseline,), figure)
     rows = [(cell.model, plain(cell.row.setting_label), plain(cell.row.engine), cell.workload, ratio.value,
              *(ratio.interval or (None, None)), ratio.rounds, ratio.verdict) for cell, _, ratio in found if ratio]
     columns = ["Model", "Setting", "Engine", "Workload", "Ratio", "Low", "High", "Rounds", "Verdict"]
     return pd.DataFrame(rows, columns=columns).astype({"Ratio": float, "Low": float, "High": float})
 
 
-def beside(named: Iterable[Cell], keys: Sequence[str] = BASELINES) -> list[tuple[Cell, Cell | None, Ratio | None]]:
+def beside(named: Iterable[Cell], keys: Sequence[str] = BASELINES,
+           figure: str = "tokens_per_s") -> list[tuple[Cell, Cell | None, Ratio | None]]:
     """Every cell with its baseline (the first of these settings that was measured, eager, of its model, workload and
     machine) and its ratio to it: None where it was not measured, or is the baseline itself."""
     def place(cell: Cell) -> tuple:
@@ -48,13 +50,13 @@ def beside(named: Iterable[Cell], keys: Sequence[str] = BASELINES) -> list[tuple
     for key in reversed(keys):
         bases |= {place(cell): cell for cell in named
                   if cell.measured and cell.row.setting == key and cell.row.engine == "eager"}
-    return [(cell, base, compared(cell, base) if cell.measured and cell is not base else None)
+    return [(cell, base, compared(cell, base, figure) if cell.measured and cell is not base else None)
             for cell in named for base in [bases.get(place(cell))]]
 
 
-def compared(cell: Cell, base: Cell | None) -> Ratio:
-    """Tokens/sec of one cell over another's, by the rounds that both were in."""
-    return ratio_of_rounds(cell.row.by_round, base.row.by_round if base else {})
+def compared(cell: Cell, base: Cell | None, figure: str = "tokens_per_s") -> Ratio:
+    """A rate of one cell over another's (see `Measurement.rates`), by the rounds that both were in."""
+    return ratio_of_rounds(cell.row.rate_by_round(figure), base.row.rate_by_round(figure) if base else {})
 
 
 def findings(run: Iterable[Measurement]) -> Findings:
@@ -80,33 +82,31 @@ def findings(run: Iterable[Measurement]) -> Findings:
 
 
 def _speed(group: list[Cell]) -> str:
-    """The verdict on one workload's cells. Every one is compared by rounds with the baseline, and the best of them
-    with all others: who is not slower than it shares its place."""
+    """The verdict on one workload's cells: each is compared by rounds with the baseline, and the best of them with all
+    others: who ties with it shares its place."""
     if not group:
         return ""
     start, found = f"at {group[0].workload}", beside(group)
-    base, ratio = found[0][1], {cell.setting: one for cell, _, one in found if one}
+    base, every = found[0][1], {cell: ratio for cell, _, ratio in found if ratio}
+    judged = {cell: ratio for cell, ratio in every.items() if ratio.interval}
     if len(group) == 1:
         return f"{start} only {group[0].setting} was measured"
     if base is None:
         neither = " nor ".join(SETTINGS[key].label for key in BASELINES)
         return f"{start} nothing is compared: neither {neither} was measured"
-    judged = {cell.setting: cell for cell in group if cell is base or ratio[cell.setting].interval}
-    if len(judged) == 1:
-        rounds = max(one.rounds for one in ratio.values())
+    if not judged:
+        rounds = max(ratio.rounds for ratio in every.values())
         why = f"{rounds} shared rounds of the {LEAST} needed" if rounds else "measured apart, not side by side"
         return f"{start} the settings are not compared ({why}: see qb.sweep)"
-    best = max(judged, key=lambda setting: ratio[setting].value if setting in ratio else 1)
-    verdicts = {setting: compared(judged[best], cell).verdict for setting, cell in judged.items() if setting != best}
-    level = [best, *(setting for setting, verdict in verdicts.items() if verdict in ("tie", "slower"))]
-    apart = [cell.setting for cell in group
-             if cell.setting != best and verdicts.get(cell.setting, "not compared") == "not compared"]
-    shown = [setting for setting in level if setting in ratio] or \
-        [max(ratio.keys() & judged.keys(), key=lambda setting: ratio[setting].value)]
-    told = [("" if level == [setting] else f"{setting} at ") + f"{ratio[setting].value:.2f} "
-            f"({span(ratio[setting].interval, '.2f')}, {ratio[setting].rounds} rounds)" for setting in shown]
-    return (f"{start} {listed(level)} {'are a tie for' if level[1:] else 'is'} the fastest: {listed(told)} times "
-            f"{base.setting}" + (f"; not compared: {listed(apart)}" if apart else ""))
+    first = max(judged, key=lambda cell: judged[cell].value)
+    best = first if judged[first].value > 1 else base
+    level = [cell for cell in (base, *judged) if cell is best or compared(best, cell).verdict == "tie"]
+    shown = [cell for cell in level if cell in judged] or [first]
+    told = [("" if level == [cell] else f"{cell.setting} at ") + f"{judged[cell].value:.2f} "
+            f"({span(judged[cell].interval, '.2f')}, {judged[cell].rounds} rounds)" for cell in shown]
+    apart = [cell.setting for cell in group if cell is not base and cell not in judged]
+    return (f"{start} {listed([cell.setting for cell in level])} {'are a tie for' if level[1:] else 'is'} the fastest: "
+            f"{listed(told)} times {base.setting}" + (f"; not compared: {listed(apart)}" if apart else ""))
 
 
 def _memory(group: list[Cell]) -> str:

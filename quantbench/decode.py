@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from quantbench.loading import LoadedModel
-from quantbench.settings import Registry
+from quantbench.settings import Registry, Workload
+
+TEXT = Path(__file__).parent / "data" / "evaluation.txt"  # what long prompts are made of
 
 
 class Engine(Protocol):
@@ -18,11 +22,15 @@ class Engine(Protocol):
     def why_not(lm: LoadedModel) -> str | None:
         """Why it cannot run this model here, in a sentence; None when it can."""
 
-    def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int) -> None:
-        """Do what is needed once, for up to `tokens` new tokens after `inputs` (of `LoadedModel.encode`)."""
+    def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, depth: int = 0) -> None:
+        """Do what is needed once, for up to `tokens` new tokens after `inputs` (of `inputs_of`), of which the first
+        `depth` are read now and stay in the KV cache."""
+
+    def rewind(self) -> None:
+        """Bring the cache back to those `depth` tokens; called before every generation, outside the timed region."""
 
     def __call__(self, new: int) -> torch.Tensor:
-        """Generate `new` tokens; return the ids [batch, prompt + new]."""
+        """Read the prompt after them and generate `new` tokens; return all ids [batch, depth + prompt + new]."""
 
     def differs(self, output: torch.Tensor) -> tuple[str | None, bool]:
         """Where `output` leaves eager's text, in words (None: nowhere), and whether that is wrong."""
@@ -35,8 +43,16 @@ class Eager:
     def why_not(lm: LoadedModel) -> str | None:
         return None
 
-    def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int) -> None:
-        self.model, self.inputs = lm.model, inputs
+    def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, depth: int = 0) -> None:
+        self.model, self.inputs, self.filled = lm.model, inputs, None
+        if depth:
+            with torch.no_grad():
+                self.filled = lm.model(input_ids=inputs["input_ids"][:, :depth], use_cache=True).past_key_values
+
+    def rewind(self) -> None:
+        if self.filled is not None:
+            self.inputs.pop("past_key_values", None)  # never two copies at a time
+            self.inputs["past_key_values"] = copy.deepcopy(self.filled)
 
     def __call__(self, new: int) -> torch.Tensor:
         return self.model.generate(**self.inputs, min_new_tokens=new, max_new_tokens=new, do_sample=False)
@@ -48,6 +64,17 @@ class Eager:
 ENGINES = Registry("engine", {"eager": Eager, "graph": "quantbench.engines.captured:Graph",
                               "compile": "quantbench.engines.captured:Compiled"})
 find_engine = ENGINES.find
+
+
+def inputs_of(lm: LoadedModel, workload: Workload) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of a workload on the device, each [batch, depth + prompt tokens]."""
+    ids = lm.encode(workload.prompt)["input_ids"]
+    if wanted := workload.depth + (workload.prompt_tokens or 0):
+        text = lm.encode(TEXT.read_text(encoding="utf-8"))["input_ids"]
+        long = text.repeat(1, -(-wanted // text.shape[1]))[:, :wanted]
+        ids = long if workload.prompt_tokens else torch.cat([long, ids], dim=1)
+    ids = ids.repeat(workload.batch_size, 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def stepwise_logits(model: nn.Module, ids: torch.Tensor, scored: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from quantbench.wording import cut, plain
 _ORDER = {key: place for place, key in enumerate(SETTINGS)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """A measurement and its names: the model's, the setting's with its engine and what tells two rows of the same
     setting apart, and the workload's ("128 tokens"). `random`: its model has random weights here."""
@@ -59,16 +59,17 @@ def cells(run: Iterable[Measurement]) -> list[Cell]:
     real = {row.model for row in rows if row.weights not in (None, "random")}
     random = {row.model for row in rows if row.weights == "random"} - real
     for row in rows:
-        seen[place := (row.model, row.weights == "random", row.setting, row.machine_name, *row.key[-4:])] += 1
+        seen[place := (row.model, row.weights == "random", row.setting, row.machine_name, row.engine, row.work)] += 1
         setting = row.setting_label + f" · {row.engine}" * (row.engine != "eager")
         setting += f" ({seen[place]})" * (seen[place] > 1)
         work = f"{row.max_new_tokens} tokens" + f", batch {row.batch_size}" * (row.batch_size != 1)
+        work += f", prompt of {row.prompt_length}" * bool(row.prompt_length) + f", depth {row.depth}" * bool(row.depth)
         work += f", prompt {prompts.index(row.prompt) + 1} “{cut(row.prompt, 20)}”" * (len(prompts) > 1)
         model = MODELS[row.model].label if row.model in MODELS else plain(row.model)
         named.append(Cell(row, model, plain(setting), work, row.weights == "random" or row.model in random))
     titles = list(dict.fromkeys(cell.title for cell in named))
     return sorted(named, key=lambda cell: (titles.index(cell.title), _ORDER.get(cell.row.setting, len(_ORDER)),
-                                           cell.setting, cell.row.max_new_tokens, cell.row.batch_size))
+                                           cell.setting, *cell.row.work[:0:-1]))
 
 
 def machine_of(run: Iterable[Subject]) -> str:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
 import os
-import re
 import time
 import warnings
 import weakref
-import zlib
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from quantbench import machine, quantisers
 from quantbench.inspection import (
     AuditError, audit, cache_bytes_per_token, check, load_estimate, need_memory, on_meta, quiet)
 from quantbench.settings import Setting, Workload, find_setting
-from quantbench.weights import VOCABULARIES, Source, check_name, checkpoint, config_of, files_of, find
+from quantbench.tokens import StandInTokenizer, read_tokenizer, tokens_of
+from quantbench.weights import Source, check_name, checkpoint, config_of, find
 from quantbench.wording import cut, listed
 
 LEFT_BEHIND = 2**20  # bytes that may stay allocated after close before it is worth a warning
-FEW_WORDS = 100  # a tokenizer that has no vocabulary file and fewer tokens than this has special tokens alone
 MASKS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "inv_freq")  # never weights
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else: a missing optional CPU kernel, at every load
 
@@ -131,13 +130,11 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
         config = config or config_of(dataclasses.replace(source, folder=folder, gguf=None))
         shapes = on_meta(config)  # before transformers writes into it
         _load_timed(lm, folder, config)
-        lm.tokenizer = _tokenizer(folder, config.get_text_config().vocab_size)
+        lm.tokenizer = read_tokenizer(folder, config.get_text_config().vocab_size)
         lm.audit = audit(lm.model, 0)
         lm.weights_bytes = sum(lm.audit["bytes"].values())
         check(lm.audit, setting)
-        lm.audit["kv_bytes_per_token"] = _cache_bytes(shapes, lm.model)
-        if setting.quantisation != "none":
-            _prove(lm)
+        lm.audit["kv_bytes_per_token"] = _cache_bytes(shapes, lm)
     except (RuntimeError, MemoryError) as error:
         if (reason := machine.out_of_memory(error)) is None:
             raise
@@ -154,8 +151,9 @@ class OverLength(ValueError):
 
 def check_length(name: str, prompt_tokens: int, workload: Workload, room: int | None) -> None:
     """Raise OverLength if prompt and new tokens are more than the model has positions for."""
-    if room and prompt_tokens + workload.max_new_tokens > room:
-        raise OverLength(f"{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
+    if room and workload.depth + prompt_tokens + workload.max_new_tokens > room:
+        cached = f"{workload.depth} cached + " * bool(workload.depth)
+        raise OverLength(f"{cached}{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
                          f"{room} tokens that {name} has positions for")
 
 
@@ -164,9 +162,9 @@ def check_context(source: Source, workload: Workload) -> None:
     if (config := config_of(source)) is None:
         return
     folder = source.folder or (source.config or {}).get("folder")
-    tokenizer = _tokenizer(folder and Path(folder), config.get_text_config().vocab_size)
+    tokenizer = read_tokenizer(folder and Path(folder), config.get_text_config().vocab_size)
     prompt = tokens_of(tokenizer, workload.prompt, config, source.name)
-    check_length(source.name, len(prompt), workload, context_length(config))
+    check_length(source.name, workload.prompt_tokens or len(prompt), workload, context_length(config))
 
 
 def context_length(config: object) -> int | None:
@@ -212,24 +210,19 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
     return model
 
 
-def _cache_bytes(shapes: nn.Module, model: nn.Module) -> int:
+def _cache_bytes(shapes: nn.Module, lm: LoadedModel) -> int:
+    """Of one token, told by shapes alone; by the model itself where it is quantised, and may not run so (other code reads
+    a head's weight, a kernel does not take a shape), or where it reads values on its way. Raises AuditError for that."""
+    with contextlib.suppress(RuntimeError):
+        if lm.setting.quantisation == "none":
+            return cache_bytes_per_token(shapes, lm.model.dtype.itemsize)
     try:
-        return cache_bytes_per_token(shapes, model.dtype.itemsize)
-    except RuntimeError:
-        return cache_bytes_per_token(model, model.dtype.itemsize)
-
-
-@torch.no_grad()
-def _prove(lm: LoadedModel) -> None:
-    """Raise AuditError for an architecture that does not run when it is quantised so: a head whose weight is read by
-    other code, a shape that a kernel does not take."""
-    try:
-        lm.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=lm.model.device))
+        return cache_bytes_per_token(lm.model, lm.model.dtype.itemsize)
     except Exception as error:
         if machine.out_of_memory(error):
             raise
         kind = type(lm.model).__name__
-        raise AuditError(f"{lm.setting.label}: {kind} does not run quantised so ({cut(error, 200)})") from None
+        raise AuditError(f"{lm.setting.label}: {kind} does not run so ({cut(error, 200)})") from None
 
 
 def _check_keys(model: nn.Module, told: dict, setting: Setting) -> None:
@@ -256,45 +249,3 @@ def conv1d_to_linear(model: nn.Module) -> None:
                 linear.weight = nn.Parameter(child.weight.detach().t().contiguous(), requires_grad=False)
                 linear.bias = child.bias
                 setattr(parent, name, linear)
-
-
-def _tokenizer(folder: Path | None, words: int) -> object:
-    """Whatever AutoTokenizer reads there; a stand-in where there is none. Raises ValueError for one that is broken, or
-    that has more tokens than the model has `words`."""
-    found, has = None, folder and files_of(folder)
-    if has:
-        try:
-            with quiet():
-                found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of several libraries
-            if files_of(folder, VOCABULARIES):
-                raise ValueError(f"the tokenizer in {folder.name} cannot be read: {cut(error, 200)}") from None
-    if found is None or found.vocab_size < FEW_WORDS and not files_of(folder, VOCABULARIES):
-        return StandInTokenizer(words)
-    if found.vocab_size > words:
-        raise ValueError(f"the tokenizer has {found.vocab_size} tokens and the model {words}: it is another model's")
-    return found
-
-
-def tokens_of(tokenizer: object, prompt: str, config: PretrainedConfig, name: str) -> list[int]:
-    """The prompt's ids; raises ValueError for none, and for ids that the model has no embedding for."""
-    ids, words = tokenizer.encode(prompt), config.get_text_config().vocab_size
-    if not ids or max(ids) >= words:
-        said = f"token {max(ids)}, and the model has {words}" if ids else "no tokens"
-        raise ValueError(f"{name}: its tokenizer makes {said} of the prompt {cut(prompt, 40)!r}")
-    return ids
-
-
-class StandInTokenizer:
-    """For a model whose tokenizer is not there: words to ids, the right number of them, always the same.
-
-    It splits as GPT-2's first step does (a word with its leading space, punctuation, blanks) and hashes each piece,
-    so a prompt of common words has as many tokens as it would have. There is no way back to text.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        pieces = re.findall(r" ?\w+| ?[^\w\s]+|\s+", text)
-        return [zlib.crc32(piece.encode()) % self.vocab_size for piece in pieces]

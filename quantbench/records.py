@@ -1,9 +1,10 @@
 """One cell as it was measured, raw samples and facts, their types and bounds, and every figure derived from them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import field
 from datetime import datetime, timezone
 from functools import cached_property, partial
+from math import nan
 from statistics import fmean, median
 from typing import Annotated, Literal
 
@@ -129,7 +130,9 @@ class Measurement(Subject):
     weights: Weights | None = None  # None where nothing was loaded
     engine: Name = "eager"
     prompt: Text = PROMPT
-    prompt_tokens: Count | None = None
+    prompt_length: Whole | None = None  # asked for: the prompt is so many tokens of a bundled text
+    prompt_tokens: Count | None = None  # that were read
+    depth: Count = 0  # tokens in the KV cache before the timed part
     batch_size: Whole = 1
     new_tokens: Whole | None = None
     status: Literal[STATUSES] = "ok"
@@ -164,35 +167,47 @@ class Measurement(Subject):
     @property
     def key(self) -> tuple:
         """What makes two rows the same cell: a later one replaces the earlier."""
-        return (*self.subject, self.engine, self.prompt, self.batch_size, self.max_new_tokens)
+        return (*self.subject, self.engine, *self.work)
+
+    @property
+    def work(self) -> tuple:
+        """The workload: what rows that are compared share."""
+        return self.prompt, self.prompt_length or 0, self.depth, self.batch_size, self.max_new_tokens
 
     @property
     def cell(self) -> tuple:
         """The key without the workload: what a re-run notebook cell replaces."""
         return self.model, self.setting, self.engine, self.machine_name
 
-    @property
-    def by_round(self) -> dict[str, float]:
-        """Round -> tokens/sec of the sample taken in it: two rows compare by the rounds that they share."""
-        return {name: self._rate(s) for name, s in zip(self.rounds, self.latencies_s)} if self.new_tokens else {}
+    def rates(self, figure: str = "tokens_per_s") -> list[float]:
+        """Each sample's "tokens_per_s", "decode_tokens_per_s" (after the first token) or "prefill_tokens_per_s" (of the
+        prompt, in the time to first token); a sample without it, such as of one token, is NaN."""
+        tokens = {"tokens_per_s": self.new_tokens, "decode_tokens_per_s": (self.new_tokens or 0) - 1,
+                  "prefill_tokens_per_s": self.prompt_tokens}[figure] or 0
+        seconds = {"tokens_per_s": self.latencies_s, "prefill_tokens_per_s": self.first_token_s}.get(figure) or \
+            [whole - first for whole, first in zip(self.latencies_s, self.first_token_s)]
+        return [self.batch_size * tokens / one if tokens > 0 and one > 0 else nan for one in seconds]
 
-    def _rate(self, seconds: float) -> float | None:
-        return self.batch_size * self.new_tokens / seconds if seconds and self.new_tokens else None
+    def rate_by_round(self, figure: str = "tokens_per_s") -> dict[str, float]:
+        """Round -> the rate of the sample taken in it: two rows compare by the rounds that they share."""
+        return {name: rate for name, rate in zip(self.rounds, self.rates(figure)) if rate == rate}
 
-    def _rates(self, seconds: Sequence[float] | None) -> Interval | None:
-        return (self._rate(seconds[-1]), self._rate(seconds[0])) if seconds and self.new_tokens else None
+    by_round = property(rate_by_round)
 
     # median of a whole `generate`, prompt included, and its interval by order statistics
     latency_s = Figure("Latency (s)", lambda row: median(row.latencies_s) if row.latencies_s else None, 3)
     latency_ci = Figure("Latency 95% (s)", lambda row: median_interval(row.latencies_s))
     # batch_size x new_tokens / latency: the prompt is never counted. The range is what was seen, not what to expect
-    tokens_per_s = Figure("Tokens/sec", lambda row: row._rate(row.latency_s), 1)
-    tokens_per_s_ci = Figure("Tokens/sec 95%", lambda row: row._rates(row.latency_ci), 1)
-    tokens_per_s_range = Figure("Range", lambda row: row._rates(sorted(row.latencies_s)))
+    tokens_per_s = Figure("Tokens/sec", lambda row: row.new_tokens and row.latency_s and
+                          row.batch_size * row.new_tokens / row.latency_s, 1)
+    tokens_per_s_ci = Figure("Tokens/sec 95%", lambda row: row.new_tokens and median_interval(row.rates()), 1)
+    tokens_per_s_range = Figure("Range", lambda row: (min(row.rates()), max(row.rates())) if row.tokens_per_s else None)
     # time to first token: median of a separate `generate` of one token
     ttft_s = Figure("TTFT (s)", lambda row: median(row.first_token_s) if row.first_token_s else None, 3)
     # a step gives every sequence of the batch one token
     decode_tokens_per_s = Figure("Decode tokens/sec", lambda row: row.step_ms and 1000 * row.batch_size / row.step_ms)
+    prefill_tokens_per_s = Figure("Prefill tokens/sec", lambda row: row.prompt_tokens and row.ttft_s and
+                                  row.batch_size * row.prompt_tokens / row.ttft_s)
     # 1e9 bytes: peak allocated in generate; peak resident above the level before load; quantisation state included
     vram_gb = Figure("VRAM (GB)", lambda row: row.vram_peak_bytes and row.vram_peak_bytes / 1e9, 3)
     ram_peak_gb = Figure("RAM peak (GB)", lambda row: row.ram_peak_bytes and row.ram_peak_bytes / 1e9, 3)

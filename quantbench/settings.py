@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST = 10**9  # of what is counted in a workload
 PROMPT = "Once upon a time, in a small village by the sea"  # 12 GPT-2 tokens, as the published experiment counted
 
 
@@ -122,20 +123,25 @@ def more_settings(facts: dict) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompt, batch size, `max_new_tokens`, and how long to repeat. Raises ValueError for one that cannot run."""
+    """Prompt, batch size, `max_new_tokens`, and how long to repeat. Raises ValueError for one that cannot run.
+
+    `prompt_tokens` and `depth` are llama-bench's -p and -d: a bundled text, repeated, gives a prompt of exactly so many
+    tokens (None: `prompt` as it is), and the tokens that are in the KV cache before the timed part."""
 
     prompt: str = PROMPT
     max_new_tokens: int = 128
     batch_size: int = 1
     repeats: int | None = None  # exactly this many; None: by interval and budget
     budget_s: float = 30.0  # per cell, for the repeats
+    prompt_tokens: int | None = None
+    depth: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError("the prompt is empty: give at least one word")
-        for name in ("max_new_tokens", "batch_size", "repeats"):
-            if getattr(self, name) is not None or name != "repeats":
-                object.__setattr__(self, name, whole(name, getattr(self, name)))
+        for name in ("max_new_tokens", "batch_size", "prompt_tokens", "depth", "repeats"):
+            if getattr(self, name) is not None or name not in ("prompt_tokens", "repeats"):
+                object.__setattr__(self, name, whole(name, getattr(self, name), int(name != "depth")))
         if isinstance(self.budget_s, bool) or not isinstance(self.budget_s, (int, float)) or not self.budget_s > 0:
             raise ValueError(f"budget_s must be above 0 seconds, not {self.budget_s!r}")
 
@@ -143,8 +149,9 @@ class Workload:
 def whole(name: str, value: object, least: int = 1) -> int:
     """`value` as an int (numpy's integers are whole numbers too). Raises ValueError for what is none, or too small."""
     with contextlib.suppress(TypeError):
-        if not isinstance(value, bool) and operator.index(value) >= least:
+        if not isinstance(value, bool) and least <= operator.index(value) <= MOST:
             return operator.index(value)
+        least = least if isinstance(value, bool) or operator.index(value) < least else f"{least} and at most {MOST:,}"
     raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 

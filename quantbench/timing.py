@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from quantbench import machine
-from quantbench.decode import find_engine
+from quantbench.decode import find_engine, inputs_of
 from quantbench.inspection import need_memory
 from quantbench.loading import LoadedModel, check_length
 from quantbench.records import Measurement
@@ -23,14 +23,16 @@ SAMPLE = ("latencies_s", "first_token_s", "energy_j", "others_busy", "sampled_at
 
 
 def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *, batch_size: int = 1,
-             repeats: int | None = None, budget_s: float = 30.0, engine: str = "eager",
-             clock: Callable[[], float] = time.perf_counter, progress: bool = True) -> Measurement:
+             prompt_tokens: int | None = None, depth: int = 0, repeats: int | None = None, budget_s: float = 30.0,
+             engine: str = "eager", clock: Callable[[], float] = time.perf_counter,
+             progress: bool = True) -> Measurement:
     """Greedy generation of exactly `max_new_tokens` tokens for `batch_size` copies of `prompt`, timed at once.
 
     After a warm-up, 3 to 10 repeats: until half their range is within 3% of the median or `budget_s` seconds are
     spent; `repeats` fixes their number. Each repeat also times a `generate` of one token, the time to first token.
-    `clock` returns seconds. Nothing but generation runs between two readings of the clock. The row is compared with no
-    other one: what two settings differ by is measured side by side, in rounds, by `sweep`.
+    `prompt_tokens` asks for a prompt of exactly so many tokens, `depth` for as many in the KV cache before it (see
+    `Workload`). `clock` returns seconds. Nothing but generation runs between two readings of the clock. The row is
+    compared with no other one: what two settings differ by is measured side by side, in rounds, by `sweep`.
 
     `engine` is a key of `ENGINES`: "eager" (transformers' generate), "graph" (one captured decode step) or "compile"
     (compiled, then captured); the text of the last two is held against eager's.
@@ -39,7 +41,7 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     a workload that cannot run (see `Workload`) or is over the model's context length, RuntimeError for a closed
     model or a wrong token count.
     """
-    workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s)
+    workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s, prompt_tokens, depth)
     cell = Timed(lm, workload, engine, clock)
     title = f"{lm.name} · {lm.setting.label} · {workload.max_new_tokens} tokens"
     most = workload.repeats or REPEATS[1]
@@ -71,7 +73,8 @@ class Timed:
         self.facts = {name: getattr(lm, name) for name in (
             "revision", "weights", "load_s", "weights_bytes", "held_before_bytes", "load_peak_bytes", "audit")} | {
             "model": lm.name, "setting": lm.setting.key, "engine": engine, "prompt": workload.prompt,
-            "batch_size": workload.batch_size, "max_new_tokens": workload.max_new_tokens, "machine": machine.facts(),
+            "prompt_length": workload.prompt_tokens, "depth": workload.depth, "batch_size": workload.batch_size,
+            "max_new_tokens": workload.max_new_tokens, "machine": machine.facts(),
             "versions": machine.versions()}
         if self.ended:
             return
@@ -80,8 +83,9 @@ class Timed:
         if reason := kind.why_not(lm):
             self.ended = "unavailable", reason
             return
-        self.prompt_tokens = self.facts["prompt_tokens"] = lm.encode(workload.prompt)["input_ids"].shape[1]
-        check_length(lm.name, self.prompt_tokens, workload, lm.context_length)
+        prompt_tokens = workload.prompt_tokens or lm.encode(workload.prompt)["input_ids"].shape[1]
+        check_length(lm.name, prompt_tokens, workload, lm.context_length)
+        self.facts["prompt_tokens"], self.before = prompt_tokens, workload.depth + prompt_tokens
         self._unless_memory_ends(self._prepare, kind)
 
     def sample(self, round_name: str | None = None) -> None:
@@ -98,18 +102,20 @@ class Timed:
 
     def _prepare(self, kind: type) -> None:
         lm, tokens = self.lm, self.workload.max_new_tokens
-        room = lm.audit["kv_bytes_per_token"] * (self.prompt_tokens + tokens) * self.workload.batch_size
+        room = lm.audit["kv_bytes_per_token"] * (self.before + tokens) * self.workload.batch_size
         need_memory(room, machine.free_bytes(lm.device), "the KV cache")
         gc.collect()
         machine.release(lm.device)  # an engine of the call before may still hold its graph
-        held, self.before = machine.held_bytes(lm.device), machine.readings(lm.device, machine.IDLE_S)
+        held, self.idle = machine.held_bytes(lm.device), machine.readings(lm.device, machine.IDLE_S)
         start = time.perf_counter()
-        self.engine = kind(lm, lm.encode(self.workload.prompt, self.workload.batch_size), tokens)
+        self.engine = kind(lm, inputs_of(lm, self.workload), tokens, self.workload.depth)
+        self.engine.rewind()
         self._timed(tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS))
         self.facts["prepare_s"] = time.perf_counter() - start
         self.engine_bytes, self.peak_bytes = machine.held_bytes(lm.device) - held, None
 
     def _sample(self, round_name: str | None) -> None:
+        self.engine.rewind()
         device, at, held = self.lm.device, time.time(), machine.held_bytes(self.lm.device)
         has_peak = machine.reset_peak(device)
         cores, start_j = machine.cores_used(), machine.energy_j(device)
@@ -118,6 +124,7 @@ class Timed:
         busy, own, every = (after - before for before, after in zip(cores, machine.cores_used()))
         if has_peak:
             self.peak_bytes = max(self.peak_bytes or 0, machine.peak_bytes(device) - held)
+        self.engine.rewind()
         first = self._timed(1)[0]
         joules = None if start_j is None or end_j < start_j else end_j - start_j  # less: the counter started anew
         others = min(max((busy - own) / every, 0.0), 1.0) if every > 0 else 0.0
@@ -125,20 +132,20 @@ class Timed:
             self.samples[name].append(value)
 
     def _timed(self, tokens: int) -> tuple[float, torch.Tensor]:
-        """Seconds of one generation of exactly `tokens` tokens, and its output [batch, prompt + tokens]."""
+        """Seconds of one generation of exactly `tokens` tokens, and its output [batch, all tokens]."""
         machine.synchronize(self.lm.device)
         start = self.clock()
         output = self.engine(tokens)
         machine.synchronize(self.lm.device)
         seconds = self.clock() - start
-        if (new := output.shape[1] - self.prompt_tokens) != tokens:
+        if (new := output.shape[1] - self.before) != tokens:
             raise RuntimeError(f"the model generated {new} tokens where {tokens} were asked for")
         return seconds, output
 
     def _finish(self) -> dict:
         lm, tokens = self.lm, self.workload.max_new_tokens
         kept = {name: values for name, values in self.samples.items() if None not in values}
-        conditions = {"before": self.before, "after": machine.readings(lm.device)}
+        conditions = {"before": self.idle, "after": machine.readings(lm.device)}
         memory = self._memory()
         reason, wrong = self.engine.differs(self.output)
         text, status = lm.decode(self.output[0, -tokens:]), "failed" if wrong else "ok"

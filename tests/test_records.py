@@ -23,7 +23,7 @@ ROW = Measurement(
 PART = {"calls": 1, "wall_s": 1.0, "device_s": 0.5, "kernels": 3.0, "kinds": {"products": 0.5},
         "top": [{"name": "mm", "seconds": 0.5, "calls": 2.0}]}
 FULL = dataclasses.replace(
-    ROW, revision="seed 0", engine="graph", prompt="né\n\u2028", status="timeout", reason="x", prepare_s=1.0,
+    ROW, revision="seed 0", engine="graph", prompt="né\n\u2028", prompt_length=3, status="timeout", reason="x", prepare_s=1.0,
     sampled_at=[1.5] * 6, others_busy=[0.0] * 6, text="", held_before_bytes=1, load_peak_bytes=-1, vram_reserved_bytes=2,
     vram_device_bytes=3, ram_peak_bytes=4, trace={"prefill": PART, "step": PART},
     conditions={"before": {"gpu_busy": 0.5, "throttled": ["power cap"]}, "after": {}, "no_energy": None})

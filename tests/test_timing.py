@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import quantbench as qb
+from quantbench.decode import Eager, inputs_of
 from quantbench.intervals import median_interval
 from quantbench.settings import Workload
 from quantbench.timing import Timed
@@ -189,3 +190,47 @@ def test_every_gpu_setting(tiny, setting):
         row = measured(lm, 4, repeats=2)
     assert row.status == "ok" and row.vram_peak_bytes >= row.weights_bytes * 0.98
     assert row.vram_reserved_bytes >= row.vram_peak_bytes and row.ram_peak_bytes is None
+
+
+def test_a_long_prompt_repeats_the_bundled_text(lm):
+    assert inputs_of(lm, Workload(batch_size=2, prompt_tokens=9, depth=4000))["input_ids"].shape == (2, 4009)
+
+
+@pytest.mark.parametrize("depth, prompt_tokens, batch", [(0, 5, 1), (7, None, 2), (9, 6, 1)])
+def test_a_prompt_has_the_tokens_asked_for_and_what_is_cached_before_it_changes_no_text(lm, depth, prompt_tokens, batch):
+    """Eager generates the same after reading it all at once."""
+    workload = Workload(max_new_tokens=4, batch_size=batch, prompt_tokens=prompt_tokens, depth=depth)
+    ids = inputs_of(lm, workload)["input_ids"]
+    row = qb.generate(lm, max_new_tokens=4, batch_size=batch, prompt_tokens=prompt_tokens, depth=depth, repeats=2,
+                      progress=False)
+    assert row.depth == depth and row.prompt_tokens == (prompt_tokens or len(lm.tokenizer.encode(qb.PROMPT)))
+    assert ids.shape == (batch, depth + row.prompt_tokens)
+    cell = Timed(lm, workload)
+    cell.sample()
+    assert torch.equal(cell.output, Eager(lm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 4)(4))
+    assert row.prefill_tokens_per_s == pytest.approx(batch * row.prompt_tokens / row.ttft_s)
+    graph = qb.generate(lm, max_new_tokens=4, batch_size=batch, prompt_tokens=prompt_tokens, depth=depth, repeats=2,
+                        engine="graph", progress=False)
+    assert (graph.status, graph.reason) == ("ok", None)
+
+
+class Slow(torch.nn.Module):
+    """Adds known seconds to every forward pass: so much for each token that it reads."""
+
+    def __init__(self, token_s: float, step_s: float) -> None:
+        super().__init__()
+        self.token_s, self.step_s = token_s, step_s
+
+    def __call__(self, module, args, kwargs):
+        time.sleep(self.step_s + self.token_s * kwargs["input_ids"].shape[1])
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("depth, batch", [(0, 1), (16, 4)])
+def test_known_seconds_per_prompt_token_and_per_step_come_out(lm, depth, batch):
+    token_s, step_s = 0.004, 0.05
+    hook = lm.model.register_forward_pre_hook(Slow(token_s, step_s), with_kwargs=True)
+    row = qb.generate(lm, max_new_tokens=8, batch_size=batch, prompt_tokens=40, depth=depth, repeats=6, progress=False)
+    hook.remove()
+    assert row.prefill_tokens_per_s == pytest.approx(batch * 40 / (step_s + 40 * token_s), rel=0.05)
+    assert row.decode_tokens_per_s == pytest.approx(batch / (step_s + token_s), rel=0.05)

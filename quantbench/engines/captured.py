@@ -39,8 +39,8 @@ class Graph:
             raise
         return find_quantiser(lm.setting.quantisation).not_captured(lm.setting)
 
-    def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int) -> None:
-        self.lm, self.inputs, self.prompt = lm, inputs, inputs["input_ids"]
+    def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, depth: int = 0) -> None:
+        self.lm, self.inputs, self.prompt, self.depth = lm, inputs, inputs["input_ids"], depth
         batch, self.start = self.prompt.shape
         device, room = self.prompt.device, tokens + 3  # capturing runs the step a few times, past what is asked for
         self.stop = stop_tokens(lm, device)
@@ -50,7 +50,7 @@ class Graph:
         self.new = torch.zeros(batch, room, dtype=torch.long, device=device)
         self.writing, self.model = SimpleNamespace(at=torch.arange(self.start, device=device)), self._model()
         with torch.no_grad():
-            self._prefill()  # the cache takes its shape from the first keys
+            self._read(0, depth or self.start)  # the cache takes its shape from the first keys
             for layer in self.cache.layers:  # all write at one shared position, in place of 3 kernels each that count
                 layer.cumulative_length = self.position
                 layer.update = lambda keys, values, *_, to=layer, writing=self.writing, **__: (
@@ -84,13 +84,18 @@ class Graph:
         new = output.shape[1] - self.start
         return difference(self.lm, output, Eager(self.lm, self.inputs, new)(new), self.start)
 
+    def rewind(self) -> None:
+        """The prefill writes over what came after the cached tokens."""
+
+    def _read(self, start: int, end: int) -> torch.Tensor:
+        self.position.fill_(start)
+        self.writing.at = places = torch.arange(start, end, device=self.prompt.device)
+        return self.lm.model(input_ids=self.prompt[:, start:end], position_ids=places[None], use_cache=True,
+                             past_key_values=self.cache, logits_to_keep=1).logits
+
     def _prefill(self) -> None:
         self.slot.zero_()
-        self.cache.reset()
-        self.position.zero_()
-        self.writing.at = first = torch.arange(self.start, device=self.prompt.device)
-        logits = self.lm.model(input_ids=self.prompt, position_ids=first[None], past_key_values=self.cache,
-                               use_cache=True, logits_to_keep=1).logits
+        logits = self._read(self.depth, self.start)
         self.position.fill_(self.start)
         self._choose(logits[:, -1])
 

@@ -34,8 +34,9 @@ class Cell:
         return Measurement(
             model=self.model, setting=self.setting.key, engine=self.engine, status=status, reason=reason,
             revision=self.source and self.source.revision, weights=self.source and self.source.weights,
-            prompt=self.workload.prompt, batch_size=self.workload.batch_size,
-            max_new_tokens=self.workload.max_new_tokens, machine=machine.facts(), versions=machine.versions())
+            prompt=self.workload.prompt, prompt_length=self.workload.prompt_tokens, depth=self.workload.depth,
+            batch_size=self.workload.batch_size, max_new_tokens=self.workload.max_new_tokens,
+            machine=machine.facts(), versions=machine.versions())
 
     @cached_property
     def key(self) -> tuple:
@@ -49,27 +50,27 @@ class Cell:
 
     @property
     def title(self) -> str:
-        engine, batch = self.engine, self.workload.batch_size
+        engine, asked = self.engine, self.workload
         return (f"{self.model} · {self.setting.label}" + f" · {engine}" * (engine != "eager") +
-                f" · {self.workload.max_new_tokens} tokens" + f", batch {batch}" * (batch > 1))
+                f" · {asked.max_new_tokens} tokens" + f", batch {asked.batch_size}" * (asked.batch_size > 1) +
+                f", prompt of {asked.prompt_tokens}" * bool(asked.prompt_tokens) +
+                f", depth {asked.depth}" * bool(asked.depth))
 
 
-def plan(models: object, settings: object, engines: object, max_new_tokens: object, batch_size: object, *, prompt: str,
-         repeats: int | None, budget_s: float, weights: str | None) -> list[Cell]:
+def plan(models: object, settings: object, engines: object, workloads: list[Workload],
+         weights: str | None) -> list[Cell]:
     """Every cell once, in groups of one model and workload: what is compared stands together. Raises ValueError for a
     mistake in an argument, before anything is loaded."""
-    names, engines = {os.fspath(one): None for one in _many(models)}, dict.fromkeys(_many(engines))
-    reasons = {row: why_not(row) for row in map(find_setting, _many(settings))}
+    names, engines = {os.fspath(one): None for one in many(models)}, dict.fromkeys(many(engines))
+    reasons = {row: why_not(row) for row in map(find_setting, many(settings))}
     for engine in engines:
         find_engine(engine)
-    workloads = dict.fromkeys(Workload(prompt, length, batch, repeats, budget_s)
-                              for length in _many(max_new_tokens) for batch in _many(batch_size))
     for name in names:
         check_name(name, weights)
     cells = []
     for name in names:
         source = None if all(reasons.values()) else find(name, weights)
-        for workload in workloads:
+        for workload in dict.fromkeys(workloads):
             try:
                 if source is not None:
                     check_context(source, workload)
@@ -108,6 +109,6 @@ def _lacks(cell: Cell, known: dict[tuple, Measurement], retry: bool, trace: bool
     return max(rounds - len(row.rounds), int(trace and row.trace is None))
 
 
-def _many(value: object) -> list:
+def many(value: object) -> list:
     """One or several: a text, a path and a number are one."""
     return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, os.PathLike)) else [value]

@@ -7,25 +7,26 @@ import math
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
-from itertools import groupby
+from itertools import groupby, product
 
 from tqdm import tqdm as std_tqdm
 from tqdm.auto import tqdm
 
 from quantbench.records import Measurement
 from quantbench.results import Run
-from quantbench.settings import PROMPT, unknown
-from quantbench.sweeps.plan import Cell, missing, plan
+from quantbench.settings import PROMPT, Workload, unknown
+from quantbench.sweeps.plan import Cell, many, missing, plan
 from quantbench.sweeps.rounds import Rounds, joined
 
 
 def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_tokens: int | Iterable[int] = (128, 256),
           *, prompt: str = PROMPT, batch_size: int | Iterable[int] = 1, repeats: int | None = None,
-          budget_s: float = 30.0, engine: str | Iterable[str] = "eager", trace: bool = False,
-          weights: str | None = None, run: Run | None = None, executor: Executor | str | None = None,
-          timeout_s: float = 900.0, retry: bool = False, stop: threading.Event | None = None,
-          progress: bool | std_tqdm = True) -> Iterator[Measurement]:
-    """Measure every model under every setting, engine, length and batch size, in rounds; yield each measurement.
+          prompt_tokens: int | Iterable[int] | None = None, depth: int | Iterable[int] = 0, budget_s: float = 30.0,
+          engine: str | Iterable[str] = "eager", trace: bool = False, weights: str | None = None,
+          run: Run | None = None, executor: Executor | str | None = None, timeout_s: float = 900.0, retry: bool = False,
+          stop: threading.Event | None = None, progress: bool | std_tqdm = True) -> Iterator[Measurement]:
+    """Measure every model under every setting, engine, length, batch size, `prompt_tokens` and `depth` (see
+    `Workload`), in rounds; yield each measurement.
 
     All settings and engines of a model and workload take one sample each per round, in random order, each in a process
     of its own that stays loaded (models that do not fit together are loaded in turn): their ratios are of the same
@@ -41,8 +42,10 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
 
     Raises ValueError at once, before anything is loaded, for a mistake in any argument.
     """
-    cells = plan(models, settings, engine, max_new_tokens, batch_size, prompt=prompt, repeats=repeats,
-                 budget_s=budget_s, weights=weights)
+    axes = map(many, (max_new_tokens, batch_size, prompt_tokens, depth))
+    workloads = [Workload(prompt, length, batch, repeats, budget_s, words, cached)
+                 for length, batch, words, cached in product(*axes)]
+    cells = plan(models, settings, engine, workloads, weights)
     if isinstance(executor, str) and executor != "inline":
         raise ValueError(unknown("executor", executor, ("inline",)))
     if not timeout_s > 0:

@@ -53,7 +53,7 @@ def floor(row: Measurement, limits: Limits | None, part: str = "step") -> Floor 
     """The floor of one decode step ("step") or of the whole prompt ("prefill") of `row`; None where its audit or the
     limits do not tell.
 
-    Both read the weights once for the whole batch; a step also reads the KV cache at its mean length. Products are 2
+    Both read the weights once for the whole batch, and the KV cache: a step at its mean length. Products are 2
     operations per weight and token: in a prefill without the head, which it needs for the last token alone. Their rate
     is the better one of the weights' dtype and the arithmetic's.
     """
@@ -62,8 +62,9 @@ def floor(row: Measurement, limits: Limits | None, part: str = "step") -> Floor 
     if None in (limits, reads, products, cache, tables, row.prompt_tokens, row.new_tokens):
         return None
     if part == "step":
-        reads += row.batch_size * (row.prompt_tokens + row.new_tokens / 2) * cache
+        reads += row.batch_size * (row.depth + row.prompt_tokens + row.new_tokens / 2) * cache
     else:
+        reads += row.batch_size * row.depth * cache
         products = row.prompt_tokens * max(products - tables / ITEMSIZE.get(audit.get("compute_dtype"), 2), 0)
     rates = [limits.matrix_flops_per_s.get(audit.get(name), 0) for name in ("storage_dtype", "compute_dtype")]
     compute_s = 2 * row.batch_size * products / max(rates) if any(rates) else 0.0

@@ -16,10 +16,11 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from quantbench import machine
-from quantbench.decode import Engine, find_engine
+from quantbench.decode import Engine, find_engine, inputs_of
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
+from quantbench.settings import Workload
 
 STEPS, PREFILLS = 16, 3  # traced at most
 # by name, the first that fits: kernels of cuBLAS, CUTLASS, Triton and bitsandbytes, operators of torch and bitsandbytes
@@ -42,16 +43,18 @@ def trace(lm: LoadedModel, row: Measurement) -> Measurement:
     """
     if row.status != "ok":
         return row
-    engine = find_engine(row.engine)(lm, lm.encode(row.prompt, row.batch_size), row.max_new_tokens)
+    asked = Workload(row.prompt, row.max_new_tokens, row.batch_size, prompt_tokens=row.prompt_length, depth=row.depth)
+    engine = find_engine(row.engine)(lm, inputs_of(lm, asked), row.max_new_tokens, row.depth)
     steps = min(STEPS, row.max_new_tokens - 1)
-    engine(1)
-    machine.synchronize(lm.device)
-    with _profiler(lm) as prompt:
-        for _ in range(PREFILLS):
+    prompts = [_profiler(lm) for _ in range(PREFILLS)]
+    for watching in (contextlib.nullcontext(), *prompts):
+        engine.rewind()
+        machine.synchronize(lm.device)
+        with watching:
             engine(1)
-    parts = {"prefill": _part(lm, prompt, PREFILLS)}
+    parts = {"prefill": _part(lm, prompts, PREFILLS)}
     if steps:
-        parts["step"] = _part(lm, _decode(engine, lm, (row.max_new_tokens - 1 - steps) // 2, steps), steps)
+        parts["step"] = _part(lm, [_decode(engine, lm, (row.max_new_tokens - 1 - steps) // 2, steps)], steps)
     return dataclasses.replace(row, trace=parts)
 
 
@@ -70,6 +73,7 @@ def _decode(engine: Engine, lm: LoadedModel, before: int, steps: int) -> profile
             machine.synchronize(lm.device)
             done.enter_context(profiler)
 
+    engine.rewind()
     with contextlib.ExitStack() as done:
         if hasattr(engine, "step"):
             for work in [engine.prefill] + [engine.step] * (before + steps):
@@ -83,10 +87,11 @@ def _decode(engine: Engine, lm: LoadedModel, before: int, steps: int) -> profile
     return profiler
 
 
-def _part(lm: LoadedModel, profiler: profile, calls: int) -> dict:
+def _part(lm: LoadedModel, profilers: list[profile], calls: int) -> dict:
     """What was seen, per call of the model: a `Part` of the records."""
     read, quantised = _on_gpu if lm.device == "cuda" else _on_cpu, find_quantiser(lm.setting.quantisation).kernels
-    seen, kinds = read(profiler.events(), quantised), dict.fromkeys((*KINDS, "quantised", "other"), 0.0)
+    seen = [one for profiler in profilers for one in read(profiler.events(), quantised)]
+    kinds = dict.fromkeys((*KINDS, "quantised", "other"), 0.0)
     for kind, microseconds in seen:
         kinds[kind] += microseconds * 1e-6 / calls
     return {"calls": calls, "device_s": sum(kinds.values()), "kernels": len(seen) / calls, "kinds": kinds}
