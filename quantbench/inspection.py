@@ -39,11 +39,27 @@ def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
     those that a token uses; `step_products` how many weights it multiplies by. To be called right after load:
     bitsandbytes repacks weights in its first forward.
     """
+    owners, classes, left, kept, total, sizes, details = _looked_through(model)
+    told = details[0] if details else {}
+    return {
+        "quantiser": ", ".join(sorted(owners)) or "none", "quantised": owners.total(),
+        "class": ", ".join(sorted(classes)) or None, "quantised_bytes": sizes["quantised"],
+        "embedding_bytes": sizes["embedding"], "step_bytes": total.total() - sizes["unread"],
+        "step_products": sizes["products"], "kv_bytes_per_token": kv_bytes_per_token, "left": dict(left),
+        "kept": dict(kept), "storage_dtype": told.get("storage_dtype", name_of(model.dtype)),
+        "compute_dtype": told.get("compute_dtype", name_of(model.dtype)), "bytes": dict(total),
+        "details": told if len(details) < 2 else {"mixed": str(details)[:500]},
+    }
+
+
+def _looked_through(model: nn.Module) -> tuple:
+    """Of all modules: quantised ones by way and by class, left and kept ones by class; bytes by dtype and by use; and
+    the different details of the quantised ones."""
     head, share = model.get_output_embeddings(), _experts_used(model.config)
     owners, classes, left, kept, total, sizes = (Counter() for _ in range(6))
-    seen, details = set(), []
+    seen, details, ways = set(), [], sorted(QUANTISERS, key=lambda key: key == "stored")  # it owns what no other does
     for module in model.modules():
-        owner = next((key for key, way in QUANTISERS.items() if way.owns(module)), None)
+        owner = next((key for key in ways if QUANTISERS[key].owns(module)), None)
         tensors = [one for one in _tensors(module, owner) if _new(one, seen)]
         size = sum(one.nbytes for one in tensors)
         for one in tensors:
@@ -62,16 +78,7 @@ def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
             left[module._get_name()] += 1
         elif any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
             kept[module._get_name()] += 1
-    told = details[0] if details else {}
-    return {
-        "quantiser": ", ".join(sorted(owners)) or "none", "quantised": owners.total(),
-        "class": ", ".join(sorted(classes)) or None, "quantised_bytes": sizes["quantised"],
-        "embedding_bytes": sizes["embedding"], "step_bytes": total.total() - sizes["unread"],
-        "step_products": sizes["products"], "kv_bytes_per_token": kv_bytes_per_token, "left": dict(left),
-        "kept": dict(kept), "storage_dtype": told.get("storage_dtype", name_of(model.dtype)),
-        "compute_dtype": told.get("compute_dtype", name_of(model.dtype)), "bytes": dict(total),
-        "details": told if len(details) < 2 else {"mixed": str(details)[:500]},
-    }
+    return owners, classes, left, kept, total, sizes, details
 
 
 def check(found: dict, setting: Setting) -> None:

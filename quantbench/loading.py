@@ -57,7 +57,8 @@ class LoadedModel:
         """The text of a 1-D tensor of token ids; None where there is no tokenizer, or random weights."""
         if self.weights == "random" or isinstance(self.tokenizer, StandInTokenizer):
             return None
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        known = [one for one in ids.tolist() if one < len(self.tokenizer)]  # an embedding may have more rows
+        return self.tokenizer.decode(known, skip_special_tokens=True)
 
     @property
     def context_length(self) -> int | None:
@@ -211,8 +212,8 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
 
 
 def _cache_bytes(shapes: nn.Module, lm: LoadedModel) -> int:
-    """Of one token, told by shapes alone; by the model itself where it is quantised, and may not run so (other code reads
-    a head's weight, a kernel does not take a shape), or where it reads values on its way. Raises AuditError for that."""
+    """Of one token, told by shapes alone; by the model itself where it reads values on its way, or is quantised: other
+    code may read a head's weight, a kernel may not take a shape. Raises AuditError for one that does not run."""
     with contextlib.suppress(RuntimeError):
         if lm.setting.quantisation == "none":
             return cache_bytes_per_token(shapes, lm.model.dtype.itemsize)
@@ -221,8 +222,7 @@ def _cache_bytes(shapes: nn.Module, lm: LoadedModel) -> int:
     except Exception as error:
         if machine.out_of_memory(error):
             raise
-        kind = type(lm.model).__name__
-        raise AuditError(f"{lm.setting.label}: {kind} does not run so ({cut(error, 200)})") from None
+        raise AuditError(f"{lm.setting.label}: the model does not run so ({cut(error, 200)})") from None
 
 
 def _check_keys(model: nn.Module, told: dict, setting: Setting) -> None:

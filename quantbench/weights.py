@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import importlib.metadata
-import json
 import os
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -21,9 +18,8 @@ from quantbench.settings import MODELS, unknown
 from quantbench.wording import cut
 
 SEED = 0
-SAMPLE = 2**16  # bytes
 WEIGHTS = ("pretrained", "bundled", "random")
-MAKER, HUB = "quantbench.making.checkpoints", "quantbench.making.hub"  # asked only for what no folder holds yet
+MAKER, HUB, FOLDERS = (f"quantbench.making.{name}" for name in ("checkpoints", "hub", "folders"))  # found by name
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "*vocab*", "merges*", "*.model", "*.tiktoken", "*.spm", "*.bpe")
 TOKENIZERS = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -77,7 +73,7 @@ def find(model: str | os.PathLike, weights: str | None = None) -> Source:
     """
     name = check_name(model, weights)
     if _is_folder(name):
-        return _in_folder(name, Path(name).expanduser(), weights)
+        return importlib.import_module(FOLDERS).in_folder(name, Path(name).expanduser(), weights)
     row = MODELS.get(name)
     seeded = Source(name, "random", f"seed {SEED}", config=row.config) if row and row.config else None
     if row and row.bundled and weights in (None, "bundled") and (gguf := _bundled_gguf(row.bundled)):
@@ -105,7 +101,7 @@ def checkpoint(source: Source) -> Path:
     """The folder with the safetensors of `source`; random and GGUF weights are made into one once, and kept. Raises
     ValueError for a file that is missing or damaged."""
     folder = source.folder or importlib.import_module(MAKER).made(source)
-    if wrong := damage(folder):
+    if wrong := importlib.import_module(FOLDERS).damage(folder):
         raise ValueError(f"{source.name}: {wrong}")
     return folder
 
@@ -148,28 +144,6 @@ def files_of(folder: Path, names: tuple[str, ...] = TOKENIZERS) -> list[Path]:
     return sorted({file for name in names for file in folder.glob(name) if file.is_file()})
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by name: missing, cut short, or pointers that git-lfs left."""
-    names = [ONE_FILE]
-    if not (folder / ONE_FILE).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        except (LookupError, AttributeError, TypeError, ValueError, OSError):
-            return f"{INDEX} is no index of weights"
-    for file in [*files_of(folder), *(folder / name for name in names)]:
-        if not file.is_file():
-            return f"{file.name} is missing"
-        with file.open("rb") as content:
-            if content.read(20).startswith(b"version https://git"):
-                return f"{file.name} is a pointer that git-lfs left, not the file: run `git lfs pull`"
-        try:
-            if file.suffix == ".safetensors":
-                safetensors.safe_open(file, framework="np").__exit__(None, None, None)
-        except (safetensors.SafetensorError, OSError) as error:
-            return f"{file.name} is cut short or damaged ({cut(error, 100)})"
-    return None
-
-
 def hub_answers() -> bool:
     """Whether the Hub can be reached."""
     return importlib.import_module(HUB).answers()
@@ -191,21 +165,6 @@ def _config_in(folder: str | Path) -> dict:
         raise ValueError(f"{folder}/config.json cannot be read ({cut(error, 100)}): {said}") from None
 
 
-def _in_folder(name: str, folder: Path, weights: str | None) -> Source:
-    has = {file.name for file in folder.iterdir()}
-    wrong = "holds an adapter: merge it into its model, and save that" if "adapter_config.json" in has else \
-        "holds no config.json: not a transformers checkpoint" if "config.json" not in has else \
-        "is no package: ask for 'pretrained' or 'random' weights" if weights == "bundled" else None
-    if wrong:
-        raise ValueError(f"the folder {name!r} {wrong}")
-    if weights != "random" and has & {ONE_FILE, INDEX}:
-        return Source(name, "pretrained", _digest(folder), folder)
-    others = files_of(folder, ("*.safetensors", "*.bin", "*.pt", "*.gguf"))
-    if weights == "random" or weights is None and not others:
-        return Source(name, "random", f"seed {SEED}, {_digest(folder)}", config={"folder": str(folder)})
-    raise ValueError(_no_weights(f"the folder {name!r}", others))
-
-
 def _on_hub(name: str, repo: str, weights: str | None) -> Source:
     folder, why = importlib.import_module(HUB).snapshot(name, repo, weights == "random")
     if weights == "random" and (folder / "config.json").is_file():
@@ -213,29 +172,7 @@ def _on_hub(name: str, repo: str, weights: str | None) -> Source:
     if files_of(folder, (ONE_FILE, INDEX)):
         return Source(name, "pretrained", folder.name, folder)
     others = files_of(folder, ("*.safetensors", "*.bin"))
-    raise why if why and not others else ValueError(_no_weights(repr(repo), others))
-
-
-def _no_weights(where: str, others: list[Path]) -> str:
-    found = f", only {others[0].name}" if others else ""
-    return f"{where} holds no {ONE_FILE}{found}: pickled weights are never loaded"
-
-
-def _digest(folder: Path) -> str:
-    """Of configuration, tokenizer and weights, and whether there is a tokenizer. Of a large file its size, its time and
-    samples throughout, since reading gigabytes would take longer than loading them."""
-    digest = hashlib.sha256()
-    for file in files_of(folder, ("*.json", "*.safetensors", *TOKENIZERS)):
-        facts, step = file.stat(), SAMPLE
-        digest.update(f"{file.name} {facts.st_size}".encode())
-        if facts.st_size > 256 * SAMPLE:
-            step = facts.st_size // 256
-            digest.update(str(facts.st_mtime_ns).encode())
-        with file.open("rb") as content:
-            for place in range(0, facts.st_size, step):
-                content.seek(place)
-                digest.update(content.read(SAMPLE))
-    return f"files {digest.hexdigest()[:12]}" + ("" if files_of(folder) else ", no tokenizer")
+    raise why if why and not others else ValueError(importlib.import_module(FOLDERS).no_weights(repr(repo), others))
 
 
 def _bundled_gguf(package: str) -> Path | None:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantbench.inspection import need_memory, on_meta, quiet, weights_estimate
 from quantbench.machine import free_bytes
+from quantbench.making.folders import damage
 from quantbench.settings import SETTINGS
-from quantbench.weights import SEED, Source, cache_folder, config_of, damage, files_of, recipe
+from quantbench.weights import SEED, Source, cache_folder, config_of, files_of, recipe
 
 UNFINISHED = "making-"  # then the host and the process that makes it
 
