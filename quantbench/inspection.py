@@ -142,8 +142,8 @@ def weights_estimate(model: nn.Module, setting: Setting) -> int:
     """Bytes that `model`, of `on_meta`, will hold under `setting`, quantisation state included: every Linear quantised
     but the output head, as the audit demands; where the head is quantised too, what it was tied to stays."""
     way, head, seen = find_quantiser(setting.quantisation), model.get_output_embeddings(), set()
-    sizes, layers = Counter(), {id(inner) for outer in model.modules() if isinstance(outer, nn.ModuleList)
-                                and len(outer) == MANY for inner in outer.modules()}
+    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == MANY]
+    sizes, layers = Counter(), {id(inner) for one in lists for inner in one.modules()}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if _is_linear(module) and parameter.dim() == 2 and (module is not head or way.takes_head):

@@ -190,9 +190,7 @@ def _load_timed(lm: LoadedModel, folder: Path, config: PretrainedConfig) -> None
 
 def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn.Module:
     way = quantisers.find_quantiser(setting.quantisation)
-    how, asked = {"dtype": getattr(torch, setting.dtype, setting.dtype)}, way.config(setting)
-    if asked is not None:
-        how["quantization_config"] = asked
+    how = {"dtype": getattr(torch, setting.dtype, setting.dtype), "quantization_config": way.config(setting)}
     if setting.quantisation != "none" or setting.device == "cuda":
         how["device_map"] = {"": way.starts_on or setting.device}
     with quiet():
