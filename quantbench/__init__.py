@@ -27,6 +27,7 @@ _HOME = {  # module -> its public names; none has the name of a module
     "why.tracing": ("trace",),
     "why.verdicts": ("explain", "verdict", "why_table", "show_why", "plot_floor"),
     "why.growth": ("crossovers", "plot_scaling"),
+    "why.prompts": ("prompt_table", "prompt_findings", "plot_prompts"),
     "why.memory": ("memory_table", "show_memory", "plot_memory"),
     "comparison.machines": ("compare", "compare_table", "plot_machines"),
     "comparison.history": ("changes",),

@@ -9,7 +9,8 @@ import importlib.util
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from quantbench.settings import Registry, Setting
@@ -34,6 +35,7 @@ class Quantiser:
     stepwise = False  # a token's logits depend on what else is in the pass
     rounding: float | None = None  # the step in which activations are rounded, of the largest; None: the dtype's
     kernels: re.Pattern | None = None  # of its products, in a trace
+    compile_options: Mapping = MappingProxyType({})  # of torch.compile's, that its step needs
 
     def family(self, setting: Setting) -> str:
         """Which hue a setting has in charts: "fp32", "16", "int8" or "int4"."""

@@ -253,3 +253,34 @@ def test_the_parts_of_memory_add_up_to_the_peak_and_a_cpus_is_resident_memory():
     assert max(ends) == pytest.approx(160) and "78.0" in repr(qb.show_memory([LEDGER]))
     with pytest.raises(ValueError, match="nothing in this run is ok"):
         qb.plot_memory([failed])
+
+
+# ---- prompts ----
+
+def asked(setting: str, prompt: int, batch: int = 1) -> qb.Measurement:
+    """FP32 reads at 10,000 tokens/s and writes a token in 30 ms, INT8 at 2,000 and in 10 ms: as long at 500 tokens."""
+    read_s, step_s = {"cpu-fp32": (1e-4, 0.03), "cpu-int8-dynamic": (5e-4, 0.01)}[setting]
+    seconds = [(1 + share / 1000) * (read_s * prompt + 10 * step_s) for share in range(6)]
+    return qb.Measurement(model="gpt2", setting=setting, max_new_tokens=11, new_tokens=11, prompt_tokens=prompt,
+                          prompt_length=prompt, batch_size=batch, latencies_s=seconds, rounds=[*"abcdef"], machine=CPU,
+                          first_token_s=[(1 + share / 1000) * read_s * prompt for share in range(6)])
+
+
+def test_which_setting_answers_first_and_where_they_change_places():
+    rows = [asked(setting, prompt, batch) for setting in ("cpu-fp32", "cpu-int8-dynamic") for prompt in (12, 128, 1024)
+            for batch in (1, 4)]
+    assert list(qb.prompt_findings(rows)) == [
+        f"GPT-2, eager, batch {batch}: up to 128 prompt tokens take CPU INT8 dynamic; over about 500 prompt tokens take "
+        "CPU FP32." for batch in (1, 4)]
+    assert len(qb.plot_prompts(rows).axes) == 3
+    table = qb.prompt_table(rows)
+    assert table["Prefill tokens/sec"].iloc[0] == pytest.approx(10_000, rel=0.01)
+    assert table["Decode tokens/sec"].iloc[0] == pytest.approx(1 / 0.03, rel=0.01)
+    told = qb.ratios(rows, figure="prefill_tokens_per_s")
+    assert told["Ratio"].iloc[0] == pytest.approx(0.2) and told["Verdict"].iloc[0] == "slower"
+
+
+def test_one_prompt_length_says_nothing():
+    assert "fewer than two" in qb.prompt_findings([asked("cpu-fp32", 12)])[0]
+    with pytest.raises(ValueError, match="two prompt lengths"):
+        qb.plot_prompts([asked("cpu-fp32", 12)])

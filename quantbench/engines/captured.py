@@ -128,7 +128,8 @@ class Compiled(Graph):
     def _model(self) -> Callable:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))  # kept for other processes
         torch._dynamo.reset()  # what was compiled for another cell counts against a limit
-        return torch.compile(self.lm.model, fullgraph=True, dynamic=False)
+        options = dict(find_quantiser(self.lm.setting.quantisation).compile_options)
+        return torch.compile(self.lm.model, fullgraph=True, dynamic=False, options=options)
 
 
 def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:

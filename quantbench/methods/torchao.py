@@ -58,6 +58,7 @@ class Int8Torchao(Torchao):
 
     hue, tensor = "int8", "Int8Tensor"
     kernels = re.compile(r"triton_\w*mm")
+    compile_options = {"coordinate_descent_tuning": True}  # inductor then joins conversion and product into one kernel
 
     def method(self) -> object:
         from torchao.quantization import Int8WeightOnlyConfig

@@ -1,0 +1,150 @@
+"""Prefill beside decode: which setting answers first, by the length of its prompt and the size of its batch."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from quantbench.charts import GREY, INK, SMALL, TEXT, TITLE, checked, colour_of
+from quantbench.conclusions import Findings, compared
+from quantbench.intervals import median_interval
+from quantbench.labels import Cell, cells, machine_of
+from quantbench.records import FIGURES, Measurement
+from quantbench.wording import listed
+
+RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
+Groups = dict[tuple, dict[int, list[Cell]]]  # (model, what is shared) -> prompt tokens -> cells
+
+
+def prompt_table(run: Iterable[Measurement]) -> pd.DataFrame:
+    """One row per measured cell: prompt tokens, batch, depth, TTFT (s), and the rates of prefill and decode (tokens/s)
+    with their 95% intervals, None below 6 samples."""
+    rows = [(cell.title, cell.setting, cell.row.prompt_tokens, cell.row.batch_size, cell.row.depth, cell.row.ttft_s,
+             *(part for rate in RATES for part in (getattr(cell.row, rate), median_interval(cell.row.rates(rate)))))
+            for cell in cells(run) if cell.measured]
+    names = [name for rate in RATES for name in (FIGURES[rate], f"{FIGURES[rate]} 95%")]
+    columns = ["Model", "Setting", "Prompt tokens", "Batch", "Depth", FIGURES["ttft_s"], *names]
+    return pd.DataFrame(rows, columns=columns).set_index("Model")
+
+
+def prompt_findings(run: Iterable[Measurement]) -> Findings:
+    """Per model, engine, batch and depth: which setting gives the whole answer first at which prompt length, as far as
+    rounds tell, and about where two of them change places. Raises ValueError for two machines."""
+    rows, said = list(run), []
+    machine_of(rows)
+    for (model, shared), lengths in _groups(cells(rows)).items():
+        ends: list[tuple[list[Cell], int]] = []  # winners, and the last length that is theirs
+        for length, group in lengths.items():
+            winners = _fastest(group)
+            if ends and {one.setting for one in ends[-1][0]} & {one.setting for one in winners}:
+                ends.pop()
+            ends.append((winners, length))
+        parts, last = [], None
+        for winners, length in ends:
+            names = listed([one.setting for one in winners])
+            where = f"over about {_crossing(last, winners, lengths):,} prompt tokens" if last else \
+                f"up to {length:,} prompt tokens" if len(ends) > 1 else f"from {min(lengths):,} to {length:,}"
+            parts.append(f"{where} take {names}" if len(winners) == 1 else f"{where} {names} are a tie")
+            last = winners, length
+        said.append(f"{model}, {shared}: {'; '.join(parts)}.")
+    return Findings(said or ["fewer than two prompt lengths measured yet"])
+
+
+def plot_prompts(run: Iterable[Measurement]) -> Figure:
+    """Prefill and decode against prompt length at the smallest batch, a line per setting with its 95% intervals, and a
+    map of which setting gives the whole answer first, by prompt length and batch. Raises ValueError for no two prompt
+    lengths or two machines."""
+    named, machine = checked(run)
+    models: dict[tuple, Groups] = {}
+    for (model, shared), lengths in _groups(named).items():
+        row = next(iter(lengths.values()))[0].row
+        models.setdefault((model, row.engine, row.depth), {})[shared] = lengths
+    if not models:
+        raise ValueError("nothing to draw: it takes two prompt lengths (sweep's prompt_tokens)")
+    figure, axes = plt.subplots(len(models), 3, squeeze=False, figsize=(10, 2.9 * len(models) + 0.8),
+                                layout="constrained", width_ratios=(1, 1, 1))
+    plt.close(figure)
+    figure.suptitle("Reading a prompt and writing an answer", x=0.01, ha="left", size=TITLE, weight="bold", color=INK)
+    figure.supxlabel(f"{machine} · Bars: 95% interval of the median", x=0.01, ha="left", size=SMALL, color=GREY,
+                     parse_math=False)
+    for line, ((model, *_), batches) in zip(axes, models.items()):
+        shared, lengths = next(iter(batches.items()))
+        for ax, rate in zip(line, RATES):
+            _draw_rate(ax, rate, lengths)
+        line[0].set_title(f"{model}, {shared}", loc="left", size=TEXT, weight="bold", color=INK, parse_math=False)
+        line[1].legend(frameon=False, fontsize=SMALL)
+        _draw_fastest(line[2], list(batches.values()))
+    return figure
+
+
+def _groups(named: list[Cell]) -> Groups:
+    found: Groups = {}
+    for cell in (cell for cell in named if cell.measured):
+        row = cell.row
+        shared = ", ".join([row.engine, f"batch {row.batch_size}", *[f"depth {row.depth:,}"] * bool(row.depth)])
+        found.setdefault((cell.title, shared), {}).setdefault(row.prompt_tokens, []).append(cell)
+    return {place: dict(sorted(lengths.items())) for place, lengths in found.items() if len(lengths) > 1}
+
+
+def _fastest(group: list[Cell]) -> list[Cell]:
+    """The cell with the highest rate of whole answers, and those that rounds do not tell from it."""
+    best = max(group, key=lambda cell: cell.row.tokens_per_s)
+    return [best, *(cell for cell in group if cell is not best and compared(best, cell).verdict != "faster")]
+
+
+def _crossing(last: tuple[list[Cell], int], winners: list[Cell], lengths: dict[int, list[Cell]]) -> int:
+    """About where the answers of two settings take as long, in two digits: the line between both lengths."""
+    before, after = last[1], winners[0].row.prompt_tokens
+
+    def longer_s(length: int) -> float:
+        seconds = {cell.setting: cell.row.latency_s for cell in lengths[length]}
+        return seconds.get(winners[0].setting, 0.0) - seconds.get(last[0][0].setting, 0.0)
+
+    start, end = longer_s(before), longer_s(after)
+    place = before + (after - before) * (min(max(start / (start - end), 0), 1) if start > end else 0)
+    return int(round(place, 1 - int(math.log10(place))))
+
+
+def _draw_rate(ax: Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:
+    lines: dict[str, list[Cell]] = {}
+    for group in lengths.values():
+        for cell in group:
+            lines.setdefault(cell.setting, []).append(cell)
+    for setting, line in lines.items():
+        values = [getattr(cell.row, rate) or math.nan for cell in line]
+        ends = [median_interval(cell.row.rates(rate)) or (value, value) for cell, value in zip(line, values)]
+        ax.errorbar([cell.row.prompt_tokens for cell in line], values, marker="o", markersize=4, linewidth=1.4,
+                    yerr=[[max(value - low, 0) for value, (low, _) in zip(values, ends)],
+                          [max(high - value, 0) for value, (_, high) in zip(values, ends)]],
+                    color=colour_of(line[0].row.setting), label=setting)
+    ax.set(xscale="log", ylim=(0, None))
+    ax.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
+    ax.minorticks_off()
+    ax.set_xlabel("Prompt tokens", size=SMALL, color=GREY)
+    ax.set_ylabel(FIGURES[rate], size=SMALL, color=GREY)
+    ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
+    ax.grid(color="#DDDDDD", linewidth=0.8)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_fastest(ax: Axes, batches: list[dict[int, list[Cell]]]) -> None:
+    lengths = sorted({length for one in batches for length in one})
+    for place, one in enumerate(batches):
+        for length, group in one.items():
+            winners, column = _fastest(group), lengths.index(length)
+            ax.barh(place, 0.95, 0.9, left=column, color=colour_of(winners[0].row.setting), alpha=0.4)
+            names = textwrap.fill(" or ".join(winner.setting for winner in winners), 60 // len(lengths))
+            ax.text(column + 0.05, place, names, va="center", size=SMALL - 1, parse_math=False)
+    ax.set_yticks(range(len(batches)), [f"batch {next(iter(one.values()))[0].row.batch_size}" for one in batches])
+    ax.set_xticks([column + 0.5 for column in range(len(lengths))], [f"{length:,}" for length in lengths])
+    ax.set_xlim(0, len(lengths))
+    ax.set_xlabel("Prompt tokens", size=SMALL, color=GREY)
+    ax.set_title("First with the whole answer", loc="left", size=SMALL, color=GREY)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
