@@ -31,12 +31,13 @@ _MACHINE = {"cpu": "CPU", "cores": "CPU cores", "torch_threads": "PyTorch thread
 @dataclass(frozen=True)
 class Table:
     """One table: numbers with the `decimals` of their column (0 where it has none) and set to the right, as every
-    column named in `decimals` is. The caption's parts stand above, the note below."""
+    column named in `decimals` is. The caption's parts stand above, the note below; rows numbered in `grey` are pale."""
 
     frame: pd.DataFrame
     caption: list[str]
     note: str = ""
     decimals: Mapping[str, int] = field(default_factory=lambda: _DECIMALS)
+    grey: Iterable[int] = ()
 
     def _texts(self) -> pd.DataFrame:
         """Every cell as text, a dash where there is nothing."""
@@ -52,6 +53,7 @@ class Table:
     def _repr_html_(self) -> str:
         looks = _STYLE | {f"td.col{place}, th.col{place}": f"text-align:{side};font-variant-numeric:tabular-nums"
                           for place, side in enumerate(self._sides())}
+        looks |= {f"td.row{place}": "opacity:.5" for place in self.grey}
         return (self._texts().style.format(html_text).format_index(html_text, axis=1).hide(axis="index")
                 .set_caption(html_text(" · ".join(self.caption))).set_table_attributes('class="tex2jax_ignore"')
                 .set_table_styles([{"selector": where, "props": look} for where, look in looks.items()]).to_html()

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -129,6 +129,19 @@ def config_of(source: Source) -> PretrainedConfig | None:
     if config._attn_implementation not in (None, "eager", "sdpa"):  # not there on a CPU, or other people's code
         config._attn_implementation = None
     return config
+
+
+def config_for(model: str | os.PathLike) -> PretrainedConfig:
+    """A model's configuration, its own quantisation with it: of what the Hub holds nothing else is downloaded. Raises
+    ValueError as `find` and `config_of` do."""
+    row = MODELS.get(check_name(model))
+    if row and row.bundled and _bundled_gguf(row.bundled):
+        source = find(model)
+        folder = checkpoint(source)
+    else:
+        source = find(model, "random")
+        folder = (source.config or {}).get("folder")
+    return config_of(replace(source, folder=folder and Path(folder), gguf=None))
 
 
 def recipe(source: Source) -> dict:

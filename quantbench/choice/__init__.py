@@ -1,0 +1,1 @@
+"""Notebook 04: what fits a machine, and which setting to take."""
