@@ -161,6 +161,7 @@ def tables() -> str:
                   folded("Every row", qb.markdown(row for row in run if row.status == "ok"))]
         parts += quality(name)
         parts += why(name, published("why")[name]) if name in published("why") else []
+        parts += methods(name, published("methods")[name]) if name in published("methods") else []
     return "\n\n".join(parts)
 
 
@@ -184,6 +185,16 @@ def why(name: str, run: qb.Run) -> list[str]:
             folded("Every row", qb.show_why(steps(run)).markdown())] + ([] if grown(run) is None else [
             qb.crossovers(eager(run))._repr_markdown_(),
             picture(name, "scaling", f"Tokens per second over the unquantised setting's, on {here}")])
+
+
+def methods(name: str, run: qb.Run) -> list[str]:
+    """Markdown of the ways of quantising beside each other: rates of decode, by rounds over the unquantised eager one's."""
+    base = next(key for key in ("gpu-bf16", *BASELINES) if any(row.setting == key for row in run))
+    ratios = qb.ratios(run, base, "decode_tokens_per_s").reset_index(drop=True)
+    caption = [f"Decode tokens/sec over {qb.SETTINGS[base].label}, eager", first(run).machine_name]
+    told = Table(ratios.drop(columns="Model"), caption, decimals={"Ratio": 2, "Low": 2, "High": 2, "Rounds": 0})
+    return ["### Which library quantises", made_by(f"methods/{name}.jsonl", run), told.markdown(),
+            folded("Every row", qb.markdown(run))]
 
 
 def reference() -> str:

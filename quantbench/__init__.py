@@ -3,7 +3,11 @@
 Public names are resolved on first use, so that `import quantbench` is instant and reading results needs no torch."""
 
 import importlib
+import os
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # what dependencies would send or fetch by themselves
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 _HOME = {  # module -> its public names; none has the name of a module
     "settings": ("SETTINGS", "EXPERIMENT", "MODELS", "PROMPT", "Setting", "Model", "Workload", "more_settings"),
     "quantisers": ("QUANTISERS", "Quantiser"),

@@ -1,4 +1,4 @@
-"""One cell as it was measured, raw samples and facts, their types and bounds, and every figure derived from them."""
+"""One cell as it was measured, raw samples and facts, and every figure derived from them."""
 
 from collections.abc import Callable
 from dataclasses import field
@@ -8,10 +8,11 @@ from math import nan
 from statistics import fmean, median
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, with_config
+from pydantic import Field
 from pydantic.dataclasses import dataclass
-from typing_extensions import TypedDict
 
+from quantbench.fields import (
+    STRICT, Amount, Audit, Conditions, Count, Machine, Many, Name, Seconds, Text, Trace, Versions, Weights, Whole)
 from quantbench.intervals import Interval, median_interval
 from quantbench.settings import PROMPT, SETTINGS
 from quantbench.wording import EMPTY, as_html, plain, span
@@ -21,46 +22,6 @@ BUSY = 0.2  # share of a device that others may use before a row says so
 NOISY = 0.1  # half-width of a median's interval, of the median
 ENERGY_S = 1.0  # a GPU's energy counter moves some 10 times a second: what a sample misses is in the next one
 STATUSES = ("ok", "unavailable", "out_of_memory", "crashed", "timeout", "failed")
-
-# ---- types of fields: pydantic checks them when a record is made or read ----
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Text = Annotated[str, AfterValidator(lambda text: text.encode(errors="replace").decode()), Field(max_length=10**6)]
-Name = Annotated[Text, Field(max_length=4096)]
-Count = Annotated[int, Field(ge=0, le=10**18)]
-Whole = Annotated[int, Field(ge=1, le=10**9)]
-Seconds = Annotated[float, Field(gt=0, lt=1e9)]
-Amount = Annotated[float, Field(ge=0, lt=1e30)]
-Span = tuple[float, float]
-Many = Field(max_length=10_000)
-Tally = Annotated[dict[Name, Count], Many]
-Shares = Annotated[dict[Name, float], Many]
-Versions = Annotated[dict[Name, Name | None], Many]
-Weights = Literal["pretrained", "bundled", "random"]
-
-
-def _typed(name: str, /, **fields: object) -> type:
-    """A dict of which every key may be absent and none is unknown."""
-    return with_config(STRICT)(TypedDict(name, fields, total=False))
-
-
-Machine = _typed(
-    "Machine", cpu=Name | None, cores=Count | None, torch_threads=Count, ram_bytes=Count, os=Name, dynamic_int8=bool,
-    gpu=Name | None, gpu_count=Count, gpu_bytes=Count, gpu_multiprocessors=Count, cuda=Name | None, driver=Name | None,
-    gpu_capability=Annotated[list[Count], Field(max_length=2, min_length=2)], gpu_power_limit_w=Amount | None)
-Audit = _typed(
-    "Audit", quantiser=Name, quantised=Count, quantised_bytes=Count, embedding_bytes=Count, step_bytes=Count,
-    step_products=Count, kv_bytes_per_token=Count, left=Tally, kept=Tally, storage_dtype=Name, compute_dtype=Name,
-    bytes=Tally, details=Annotated[dict[Name, bool | int | float | Name | None], Many], **{"class": Name | None})
-Reading = _typed(
-    "Reading", load_average=Amount | None, cpu_busy=Amount | None, idle_w=float | None, gpu_busy=Amount | None,
-    sm_mhz=Count | None, memory_mhz=Count | None, celsius=Count | None, throttled=Annotated[list[Name], Many] | None)
-Conditions = _typed("Conditions", before=Reading, after=Reading, no_energy=Text | None)
-Kernel = _typed("Kernel", name=Text, seconds=Amount, calls=Amount)
-Part = _typed(  # of a traced generation, per call of the model
-    "Part", calls=Count, wall_s=Amount, device_s=Amount, kernels=Amount,
-    kinds=Annotated[dict[Name, Amount], Many], top=Annotated[list[Kernel], Many])
-Trace = _typed("Trace", prefill=Part, step=Part)
-
 
 FIGURES: dict[str, str] = {}  # derived figure -> its one label everywhere
 DECIMALS: dict[str, int] = {}  # derived figure -> its decimals, where it is a column in tables
@@ -244,19 +205,19 @@ class Measurement(Subject):
 
     def summary(self) -> dict[str, str]:
         """The row as a person reads it: label -> text."""
-        setting = self.setting_label + ("" if self.engine == "eager" else f" · {self.engine}")
-        row = {"Model": self.model, "Setting": setting, "Max New Tokens": str(self.max_new_tokens)}
-        row |= {"Batch": str(self.batch_size)} if self.batch_size > 1 else {}
+        row = {"Model": self.model, "Setting": self.setting_label + f" · {self.engine}" * (self.engine != "eager"),
+               "Max New Tokens": self.max_new_tokens, "Batch": self.batch_size if self.batch_size > 1 else None,
+               "Prompt": self.prompt_length, "Depth": self.depth or None}
         if self.status != "ok":
-            return row | {"Status": self.status, "Reason": plain(self.reason or "")[:200]}
+            row |= {"Status": self.status, "Reason": plain(self.reason or "")[:200]}
+            return {label: str(value) for label, value in row.items() if value is not None}
         for name in ("latency_s", "tokens_per_s", "ttft_s", "weights_gb" if self.vram_gb is None else "vram_gb"):
             row[FIGURES[name]] = EMPTY if (value := getattr(self, name)) is None else f"{value:.3f}"
         if seen := self.tokens_per_s_ci or self.tokens_per_s_range:
             looks = "95%" if self.tokens_per_s_ci else f"{len(self.latencies_s)} looks"
             told = "1 look" if len(self.latencies_s) == 1 else f"{looks}: {span(seen, '.1f')}"
             row[FIGURES["tokens_per_s"]] = f"{self.tokens_per_s:.1f} ({told})"
-        row["Weights"] = self.weights or EMPTY
-        if self.audit and self.audit.get("quantised"):
-            row["Quantised"] = f"{self.audit['quantised']} × {self.audit.get('class')}"
-        note = ", ".join(filter(None, ["noisy" if self.noisy else None, self.busy, self.reason]))
-        return row | ({"Note": plain(note)[:200]} if note else {})
+        quantised, note = (self.audit or {}).get("quantised"), ["noisy" * self.noisy, self.busy, self.reason]
+        row |= {"Weights": self.weights or EMPTY, "Note": plain(", ".join(filter(None, note)))[:200] or None,
+                "Quantised": f"{quantised} × {self.audit.get('class')}" if quantised else None}
+        return {label: str(value) for label, value in row.items() if value is not None}

@@ -266,12 +266,18 @@ class Loop:
     def why_not(lm):
         return "not for INT4" if lm.setting.quantisation == "bnb-nf4" else None
 
-    def __init__(self, lm, inputs, tokens):
-        self.lm, self.inputs = lm, inputs
+    def __init__(self, lm, inputs, tokens, depth=0):
+        self.lm, self.inputs, self.depth, self.cache = lm, inputs, depth, None
+
+    @torch.no_grad()
+    def rewind(self):
+        before = self.inputs["input_ids"][:, :self.depth]
+        self.cache = self.lm.model(input_ids=before, use_cache=True).past_key_values if self.depth else None
 
     @torch.no_grad()
     def __call__(self, new):
-        ids, cache, step = self.inputs["input_ids"], None, self.inputs["input_ids"]
+        ids, cache = self.inputs["input_ids"], self.cache
+        step = ids[:, self.depth:]
         for _ in range(new):
             out = self.lm.model(input_ids=step, past_key_values=cache, use_cache=True)
             logits, cache = out.logits[:, -1], out.past_key_values

@@ -20,8 +20,7 @@ ROW = Measurement(
     batch_size=2, latencies_s=[4.0, 2.0, 5.0, 4.0, 3.0, 5.0], first_token_s=[0.5, 0.25, 1.0], weights_bytes=127_000_000,
     vram_peak_bytes=160_000_000, energy_j=[100.0, 300.0, 200.0], audit={"quantised": 48, "class": "Linear4bit"},
     rounds=list("abcdef"), load_s=2.0, machine={"cpu": "C", "gpu": "G"}, versions={"torch": "2.13.0", "commit": "abc"})
-PART = {"calls": 1, "wall_s": 1.0, "device_s": 0.5, "kernels": 3.0, "kinds": {"products": 0.5},
-        "top": [{"name": "mm", "seconds": 0.5, "calls": 2.0}]}
+PART = {"calls": 1, "device_s": 0.5, "kernels": 3.0, "kinds": {"products": 0.5}}
 FULL = dataclasses.replace(
     ROW, revision="seed 0", engine="graph", prompt="né\n\u2028", prompt_length=3, status="timeout", reason="x", prepare_s=1.0,
     sampled_at=[1.5] * 6, others_busy=[0.0] * 6, text="", held_before_bytes=1, load_peak_bytes=-1, vram_reserved_bytes=2,

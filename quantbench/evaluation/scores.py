@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
+from quantbench.fields import STRICT, Amount, Count, Machine, Many, Name, Span, Text, Versions, Weights
 from quantbench.intervals import LEAST
-from quantbench.records import (STATUSES, STRICT, Amount, Count, Machine, Many, Name, Span, Subject, Text, Versions,
-                                Weights, now)
+from quantbench.records import STATUSES, Subject, now
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, config=STRICT)

@@ -17,8 +17,6 @@ class Stored(Quantiser):
     """Whatever transformers reads; how it is stored is found in the modules, not promised. The audit names the way that
     another entry knows (bitsandbytes), and "stored" for others."""
 
-    hue = "int8"
-
     def why_not_checkpoint(self, own: object, setting: Setting) -> str | None:
         from transformers.quantizers import AutoHfQuantizer
 

@@ -16,7 +16,7 @@ from statistics import median
 from tqdm.auto import tqdm
 
 from quantbench import machine
-from quantbench.inspection import on_meta, weights_estimate
+from quantbench.inspection import load_estimate, on_meta
 from quantbench.intervals import LEAST, median_interval, ratio_of_rounds
 from quantbench.records import Measurement
 from quantbench.settings import BASELINES
@@ -145,7 +145,7 @@ def _fit(cells: list[Cell]) -> bool:
         shapes = None if config is None else on_meta(config)
         for setting in (cell.setting for cell in seats.values()):
             needed["cpu"] += PROCESS_BYTES[setting.device]
-            needed[setting.device] += weights_estimate(shapes, setting) if shapes is not None else \
+            needed[setting.device] += load_estimate(shapes, setting) if shapes is not None else \
                 8 * cells[0].source.gguf.stat().st_size
     except Exception:  # each cell's own load will say what is wrong
         return True

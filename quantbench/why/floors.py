@@ -11,8 +11,9 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from quantbench.fields import STRICT, Machine, Many, Name, Versions
 from quantbench.quantisers import ITEMSIZE
-from quantbench.records import STRICT, Machine, Many, Measurement, Name, Subject, Versions, now
+from quantbench.records import Measurement, Subject, now
 from quantbench.results import Run
 
 
