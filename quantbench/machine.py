@@ -7,9 +7,11 @@ import ctypes
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -27,14 +29,18 @@ THROTTLE = {  # nvmlClocksEventReasons: why a GPU runs below its clocks; the one
 @functools.cache
 def facts() -> dict:
     """What this machine is: CPU, cores, RAM and, where there is one, the GPU. Plain JSON, no changing readings."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed, visible = group_limits(), os.environ.get("CUDA_VISIBLE_DEVICES")
     found = {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": math.ceil(min(cores, allowed["cores"])),
         "torch_threads": torch.get_num_threads(),
-        "ram_bytes": psutil.virtual_memory().total,
+        "ram_bytes": min(psutil.virtual_memory().total, allowed["bytes"]),
         "os": f"{platform.system()} {platform.machine()}",
         "dynamic_int8": bool({"x86", "fbgemm", "qnnpack"} & set(torch.backends.quantized.supported_engines)),
     }
+    if visible is not None:
+        found["gpu_visible"] = visible  # which of the machine's GPUs, or parts of one (MIG), this process may see
     if not torch.cuda.is_available():
         return found
     gpu, limit = torch.cuda.get_device_properties(0), _nvml(pynvml.nvmlDeviceGetEnforcedPowerLimit)
@@ -81,13 +87,35 @@ def free_bytes(device: str) -> int:
     """Bytes that this process can still allocate: on the GPU, or of RAM within its container's limit."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit; see cgroups(7), version 2
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        cache = int((group / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
-        free = min(free, limit - used + cache)
-    return free
+    return min(psutil.virtual_memory().available, group_limits()["free"])
+
+
+def group_limits(root: Path = Path("/")) -> dict[str, float]:
+    """What this process's control groups (cgroups(7), both versions) allow: `bytes` of memory, those that are `free`,
+    and `cores`; infinite where nothing is limited. The smallest limit up the tree holds. `root` is the root folder."""
+    found = dict.fromkeys(("bytes", "free", "cores"), math.inf)
+    for group in _groups(root):
+        for limit, used in ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                found["bytes"] = min(found["bytes"], most := int((group / limit).read_text()))
+                cache = int((group / "memory.stat").read_text().split("inactive_file ")[-1].split()[0])
+                found["free"] = min(found["free"], max(most - int((group / used).read_text()) + cache, 0))
+        for names in ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"):
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
+                found["cores"] = min(found["cores"], quota / period if quota > 0 else math.inf)
+    return found
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """The folders of this process's groups and all above; to a container, its own is the top."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for name in controllers.split(",") if controllers else ("", "unified"):
+                top = root / "sys/fs/cgroup" / name
+                own = top / path.strip("/")
+                yield from (one for one in (own, *own.parents) if one.is_relative_to(top))
 
 
 def reset_peak(device: str) -> bool:
@@ -149,8 +177,11 @@ def readings(device: str, watch_s: float = 0.0) -> dict:
 
 
 def energy_j(device: str) -> float | None:
-    """Joules that the GPU has used since some start; only differences mean anything. None on a CPU."""
-    return _nvml(lambda gpu: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000) if device == "cuda" else None
+    """Joules that the GPU has used since some start; only differences mean anything. None on a CPU, and on a part of a
+    GPU (MIG): the counter is the whole GPU's."""
+    if device == "cpu" or any(_nvml(pynvml.nvmlDeviceGetMigMode) or ()):
+        return None
+    return _nvml(lambda gpu: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000)
 
 
 def cores_used() -> tuple[float, float, float]:
@@ -171,7 +202,10 @@ def _nvml(read):
 def _gpu():
     pynvml.nvmlInit()
     uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)  # CUDA may number the GPUs differently
-    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
+    for kind in ("GPU", "MIG") if uuid else ():
+        with contextlib.suppress(pynvml.NVMLError):
+            return pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
+    return pynvml.nvmlDeviceGetHandleByIndex(0)
 
 
 def _commit() -> str | None:
