@@ -15,6 +15,10 @@ from quantbench.settings import Registry, Workload
 TEXT = Path(__file__).parent / "data" / "evaluation.txt"  # what long prompts are made of
 
 
+class Unavailable(RuntimeError):
+    """What an engine raises when it turns out, while it is made, that it cannot run this model."""
+
+
 class Engine(Protocol):
     """What an entry of `ENGINES` is: a class, made for one model and prompt."""
 

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from quantbench import machine
-from quantbench.decode import find_engine, inputs_of
+from quantbench.decode import Unavailable, find_engine, inputs_of
 from quantbench.inspection import need_memory
 from quantbench.loading import LoadedModel, check_length
 from quantbench.records import Measurement
@@ -86,16 +86,16 @@ class Timed:
         prompt_tokens = workload.prompt_tokens or lm.encode(workload.prompt)["input_ids"].shape[1]
         check_length(lm.name, prompt_tokens, workload, lm.context_length)
         self.facts["prompt_tokens"], self.before = prompt_tokens, workload.depth + prompt_tokens
-        self._unless_memory_ends(self._prepare, kind)
+        self._unless_it_ends(self._prepare, kind)
 
     def sample(self, round_name: str | None = None) -> None:
         """Time one generation and one of a single token; `round_name` is kept with them."""
         if not self.ended:
-            self._unless_memory_ends(self._sample, round_name)
+            self._unless_it_ends(self._sample, round_name)
 
     def measurement(self) -> Measurement:
         """The row of all samples so far. The engine's text is held against eager's now, outside every timed region."""
-        made = {} if self.ended else self._unless_memory_ends(self._finish) or {}
+        made = {} if self.ended else self._unless_it_ends(self._finish) or {}
         if self.ended:
             made = dict(zip(("status", "reason"), self.ended))
         return Measurement(**self.facts | made)
@@ -163,13 +163,14 @@ class Timed:
         return {"vram_peak_bytes": peak, "vram_reserved_bytes": torch.cuda.memory_reserved(),
                 "vram_device_bytes": machine.device_bytes() - lm.device_before_bytes}
 
-    def _unless_memory_ends(self, work: Callable, *args: object) -> object:
+    def _unless_it_ends(self, work: Callable, *args: object) -> object:
         try:
             return work(*args)
         except (RuntimeError, MemoryError) as error:
-            if (reason := machine.out_of_memory(error)) is None:
+            refused = isinstance(error, Unavailable)
+            if (reason := str(error) if refused else machine.out_of_memory(error)) is None:
                 raise
-        self.ended = "out_of_memory", reason
+        self.ended = "unavailable" if refused else "out_of_memory", reason
         self.engine = self.output = None
         gc.collect()  # not in the except clause: the traceback holds what was allocated
         machine.release(self.lm.device)

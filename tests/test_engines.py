@@ -95,6 +95,18 @@ def test_a_traced_step_gives_eagers_tokens_at_every_length_and_leaves_nothing(ti
     assert alive() is None
 
 
+def test_a_step_that_cannot_be_captured_is_a_row(tiny):
+    def refuse(*_: object) -> None:
+        if torch.jit.is_tracing():
+            raise RuntimeError("Cannot copy between CPU and CUDA tensors")
+
+    with qb.load(tiny, "cpu-fp32") as lm:
+        lm.model.register_forward_pre_hook(refuse)
+        row = qb.generate(lm, max_new_tokens=4, engine="graph", progress=False)
+    assert (row.status, row.reason) == (
+        "unavailable", "its step cannot be captured: Cannot copy between CPU and CUDA tensors")
+
+
 def test_an_engine_with_a_wrong_text_is_a_failed_row_that_keeps_its_samples(tiny, monkeypatch):
     plain = Graph.__call__
     monkeypatch.setattr(Graph, "__call__", lambda graph, new: plain(graph, new).index_fill(1, torch.tensor([12]), 7))

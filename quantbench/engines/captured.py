@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 from quantbench import machine
 from quantbench.inspection import quiet
-from quantbench.decode import Eager
+from quantbench.decode import Eager, Unavailable
 from quantbench.engines.agreement import difference, stop_tokens
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
@@ -61,7 +61,12 @@ class Graph:
         return self.lm.model
 
     def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        return cuda_graph(work) if self.prompt.is_cuda else traced(self, work)
+        try:
+            return cuda_graph(work) if self.prompt.is_cuda else traced(self, work)
+        except RuntimeError as error:  # experts that are chosen on the host, a mask that is made there
+            if machine.out_of_memory(error) is None:
+                raise Unavailable(f"its step cannot be captured: {cut(error, 120)}") from None
+            raise
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:  # everything that a step writes to
