@@ -36,6 +36,8 @@ _HOME = {  # module -> its public names; none has the name of a module
     "comparison.machines": ("compare", "compare_table", "plot_machines"),
     "comparison.history": ("changes",),
     "comparison.t4": ("reference_table", "show_reference", "shipped"),
+    "choice.fitting": ("fit",),
+    "choice.choosing": ("choose",),
     "widgets.controls": ("panel",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -1,0 +1,146 @@
+"""What fits, held against what loading measures; and which setting to take, of synthetic rows with a known best one."""
+
+import math
+import random
+
+import pytest
+
+import quantbench as qb
+from conftest import CPU_SETTINGS
+from quantbench import inspection
+from quantbench.choice.choosing import load_line
+from quantbench.choice.fitting import CONTEXT, DEVICES, estimates
+from quantbench.records import Measurement
+from quantbench.weights import checkpoint, find
+
+EVERY_CPU = (*CPU_SETTINGS, "cpu-int8-weights", "cpu-int4-weights")
+KEPT = {"gpu-fp16": 1.0, "gpu-int8": 0.996, "gpu-int4": 0.994, "gpu-int4-fp4": 0.95}
+MACHINE = {"gpu": "H100", "cpu": "x"}
+
+
+def rows(speeds, memory, noise=0.03, rounds=8, ttft=0.02, weights="pretrained", seed=0):
+    """A row per setting, tokens/s about `speeds`, each sample with its own noise."""
+    draw = random.Random(seed)
+    for key, speed in speeds.items():
+        yield Measurement(
+            model="gpt2", setting=key, max_new_tokens=64, new_tokens=64, prompt_tokens=12, weights=weights,
+            latencies_s=[64 / speed * math.exp(draw.gauss(0, noise)) for _ in range(rounds)],
+            first_token_s=[ttft * math.exp(draw.gauss(0, noise)) for _ in range(rounds)],
+            rounds=[f"a-{place}" for place in range(rounds)], vram_peak_bytes=int(memory[key] * 1e9), machine=MACHINE)
+
+
+def read_all(half=0.0005):
+    return [qb.Quality(model="gpt2", setting=key, weights="pretrained", machine=MACHINE, reference="gpu-fp16",
+                       tokens=2978, windows=12, kl_mean=1 - kept, accuracy_kept=kept, perplexity=20.0,
+                       accuracy_kept_ci=(1.0, 1.0) if key == "gpu-fp16" else (kept - half, kept + half))
+            for key, kept in KEPT.items()]
+
+
+# ---- what fits ----
+
+def test_bytes_are_within_3_percent_of_what_loading_measures(tiny):
+    found = {one.setting.key: one for one in estimates(tiny)}
+    for key in EVERY_CPU:
+        with qb.load(tiny, key) as lm:
+            audit, one = lm.audit, found[key]
+        assert lm.status == "ok" and one.why is None
+        assert one.weights == pytest.approx(lm.weights_bytes, rel=0.03)
+        assert one.step == pytest.approx(audit["step_bytes"], rel=0.03)
+        assert one.cache == audit["kv_bytes_per_token"]
+        assert one.left == pytest.approx(lm.weights_bytes - audit["quantised_bytes"], rel=0.05)  # biases stay
+
+
+def test_fit_says_what_fits_where_and_why_not(tiny_gpt2):
+    table, = qb.fit("gpt2", on="T4")
+    frame = table.frame.set_index("Setting")
+    assert frame.loc["GPU FP16", "Fits"] == "yes" and frame.loc["GPU FP16", "Longest context"] == 1024
+    assert frame.loc["GPU FP16", "Decode floor (ms)"] == pytest.approx(1000 * 0.248e9 / 320e9, rel=0.03)
+    assert frame.loc["GPU BF16", "Fits"] == "no" and "7.5" in frame.loc["GPU BF16", "Note"]
+    assert table._repr_html_().count("opacity") >= 1 and not any(name.startswith("CPU") for name in frame.index)
+    small, = qb.fit("gpt2", on=DEVICES["T4"] | {"bytes": CONTEXT + 0.2e9})
+    fits = small.frame.set_index("Setting")["Fits"]
+    assert fits["GPU FP16"] == "no" and fits["GPU INT4"] == "yes"
+    assert "0.25 GB to load it, 0.20 GB are free" in repr(small)
+    here = qb.fit(tiny_gpt2)[0].frame.set_index("Setting")
+    assert here.loc["CPU FP32", "Longest context"] == 64 and here.loc["GPU FP16", "Note"]
+    with pytest.raises(ValueError, match="unknown device 'T5'; did you mean 'T4'"):
+        qb.fit("gpt2", on="T5")
+    with pytest.raises(ValueError, match="a device is a dict of"):
+        qb.fit("gpt2", on={"bytes": 1e9})
+
+
+# ---- which to take ----
+
+SPEEDS = {"gpu-fp16": 100, "gpu-int8": 110, "gpu-int4": 121, "gpu-int4-fp4": 133.1}
+MEMORY = {"gpu-fp16": 3.0, "gpu-int8": 2.0, "gpu-int4": 1.5, "gpu-int4-fp4": 1.4}
+LARGER = {"gpu-fp16": 1.0, "gpu-int8": 2.0, "gpu-int4": 3.0, "gpu-int4-fp4": 4.0}  # the faster
+
+
+@pytest.mark.parametrize("memory, limits, best, breaks", [
+    (MEMORY, {}, "gpu-int4", {"gpu-int4-fp4"}),  # the fastest keeps too little
+    (LARGER, {}, "gpu-int4", {"gpu-int4-fp4"}),
+    (MEMORY, {"keep": None}, "gpu-int4-fp4", set()),
+    (LARGER, {"keep": None, "vram_gb": 2.5}, "gpu-int8", {"gpu-int4", "gpu-int4-fp4"}),
+    (MEMORY, {"vram_gb": 1.45, "keep": 0.9}, "gpu-int4-fp4", {"gpu-fp16", "gpu-int8", "gpu-int4"}),
+    (MEMORY, {"keep": 0.999}, "gpu-fp16", {"gpu-int8", "gpu-int4", "gpu-int4-fp4"}),  # keep FP16
+    (MEMORY, {"min_tokens_per_s": 110}, "gpu-int4", {"gpu-fp16", "gpu-int4-fp4"}),
+    (MEMORY, {"ttft_s": 0.01}, None, set(SPEEDS))])
+def test_it_names_the_best_of_noisy_runs_and_none_that_breaks_a_limit(memory, limits, best, breaks):
+    given = [qb.choose(qb.Run([*rows(SPEEDS, memory, seed=seed), *read_all()]), **limits).answer for seed in range(100)]
+    assert given.count(best) >= 95 and not {*given} & breaks
+
+
+def test_a_tie_goes_to_the_smaller_then_to_the_closer():
+    same = dict.fromkeys(SPEEDS, 100)
+    given = [qb.choose(qb.Run([*rows(same, MEMORY, seed=seed), *read_all()])) for seed in range(20)]
+    assert [one.answer for one in given].count("gpu-int4") >= 19
+    assert any(one.ranked.loc["gpu-int8", "Verdict"] == "tie" and "Tie: " in repr(one.why) for one in given)
+    level = dict.fromkeys(SPEEDS, 2.0)
+    assert qb.choose(qb.Run([*rows(same, level, 0.001), *read_all()])).answer == "gpu-fp16"
+
+
+def test_what_does_not_decide_is_said_and_not_named():
+    run = qb.Run([*rows(SPEEDS, MEMORY), *read_all(0.02)])
+    choice = qb.choose(run)
+    assert choice.answer == "gpu-fp16" and "0.974–1.014 of the accuracy on 2978 tokens" in repr(choice.why)
+    assert choice.ranked.loc["gpu-int4", "Verdict"] == "not decided" and choice.unread == []
+    unread = qb.choose(qb.Run(rows(SPEEDS, MEMORY)))
+    assert unread.answer == "gpu-fp16" and unread.unread == ["gpu-int4-fp4", "gpu-int4", "gpu-int8"]
+    about = qb.choose(qb.Run(rows({"gpu-fp16": 100}, MEMORY)), min_tokens_per_s=100)
+    assert about.answer is None and "tokens/s in 8 rounds" in repr(about.why)
+    few = qb.choose(qb.Run(rows(SPEEDS, MEMORY, rounds=4)), keep=None)
+    assert few.answer is None and "4 rounds shared with GPU INT4 FP4" in repr(few)
+    noise = qb.choose(qb.Run(rows(SPEEDS, MEMORY, weights="random")))
+    assert noise.answer == "gpu-int4-fp4" and "random weights" in noise.why[-1]
+
+
+def test_one_model_and_workload_at_a_time_and_mistakes_are_said():
+    run = qb.Run(rows(SPEEDS, MEMORY))
+    other = [Measurement(model="other", setting="gpu-fp16", max_new_tokens=64, new_tokens=64, latencies_s=[1.0],
+                         machine=MACHINE)]
+    with pytest.raises(ValueError, match="a choice is of one model, not of 2"):
+        qb.choose(qb.Run([*run, *other]))
+    with pytest.raises(ValueError, match="above 0: vram_gb"):
+        qb.choose(run, vram_gb=0)
+    with pytest.raises(ValueError, match="did you mean 'gpu-int4'"):
+        qb.choose(run, settings=["gpu-int44"])
+    assert qb.choose(qb.Run()).answer is None and qb.choose(run, batch_size=2).answer is None
+    assert qb.choose(run, keep=None, settings=["gpu-fp16", "gpu-int8"]).answer == "gpu-int8"
+
+
+def test_a_model_is_measured_once_and_loads_as_it_was_audited(tiny_gpt2):
+    folder = str(checkpoint(find(tiny_gpt2)))
+    run = qb.Run()
+    asked = {"max_new_tokens": 3, "settings": ["cpu-fp32", "cpu-int4", "gpu-int4"], "run": run}
+    choice = qb.choose(folder, **asked)
+    assert len(run) == 2 and "no NVIDIA GPU" in choice.ranked.loc["gpu-int4", "Why"]
+    assert "Quality cannot be told" in choice.why[-1] or not choice.unread  # it has no tokenizer
+    before = [row.created_at for row in run]
+    assert qb.choose(folder, **asked).answer == choice.answer and [row.created_at for row in run] == before
+    assert "<pre>" in choice._repr_html_()
+    row = next(row for row in run if row.setting == "cpu-int4")
+    told = {}
+    exec(load_line(row), told)
+    loaded = inspection.audit(told["model"], 0)
+    assert loaded["details"] == row.audit["details"] and loaded["bytes"] == row.audit["bytes"]
+    assert qb.choose(folder, ram_gb=1e-6, max_new_tokens=3, settings=["cpu-int4"], run=run).answer is None
