@@ -1,7 +1,5 @@
 """Measurements as bars: a panel per model and workload, a colour per setting, its interval where a row has one."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Iterable
 from itertools import cycle

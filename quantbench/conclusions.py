@@ -1,7 +1,5 @@
 """What a run's numbers say, in sentences computed from them, and the ratios that they rest on."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Who makes the tokens: an engine generates greedily from one prompt, as often and as far as it is asked."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Protocol

@@ -1,7 +1,5 @@
 """What a model is under a setting: proved on a loaded one, estimated from shapes before anything is loaded."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

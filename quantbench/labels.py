@@ -1,7 +1,5 @@
 """What tables, charts and findings share: the order of rows, and how models, settings and workloads are named."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass

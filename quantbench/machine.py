@@ -1,7 +1,5 @@
 """The machine: its facts, its package versions, and the meters that a measurement reads."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -1,7 +1,5 @@
 """A run in the forms that people use next, in a folder."""
 
-from __future__ import annotations
-
 import io
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Measurements as a DataFrame, and as tables for a notebook, a terminal and the README."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """A checkpoint's tokenizer, whatever it is, or a stand-in where there is none."""
 
-from __future__ import annotations
-
 import re
 import zlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a model's weights come from: a local folder, a bundled package, the Hub, or a seed."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import importlib.metadata

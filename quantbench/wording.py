@@ -1,7 +1,5 @@
 """Text from models and files, made safe to show in a terminal, in HTML and in Markdown; small parts of sentences."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Iterable, Sequence
 

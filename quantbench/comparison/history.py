@@ -1,7 +1,5 @@
 """What changed on a machine from one run to the next: the moves of its ratios, and the sentences made of them."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Results of several machines or versions beside each other: cell by cell, as tables and as a chart."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from dataclasses import replace

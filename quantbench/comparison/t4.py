@@ -1,7 +1,5 @@
 """The student's reference table (Colab T4), what can be inferred about it, and the reader's rows beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Quality of a setting: perplexity, and token by token against a reference. Never inside a timed region."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import math

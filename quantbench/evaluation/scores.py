@@ -1,7 +1,5 @@
 """What a quality pass found for one model under one setting, as plain data."""
 
-from __future__ import annotations
-
 from dataclasses import field
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """Quality beside speed: the table, the chart, and what each setting wrote."""
 
-from __future__ import annotations
-
 import os.path
 import re
 from collections.abc import Iterable

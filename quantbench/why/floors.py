@@ -3,8 +3,6 @@
 The roofline of Williams, Waterman and Patterson (2009), over rates that `limits` measured on the same machine.
 """
 
-from __future__ import annotations
-
 from dataclasses import field
 from typing import Annotated, Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Where quantising starts to pay: tokens/sec against the unquantised setting, by model size and by batch size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """The memory ledger: where a measurement's bytes are, as a table and as a stacked chart."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt

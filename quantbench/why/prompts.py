@@ -1,7 +1,5 @@
 """Prefill beside decode: which setting answers first, by the length of its prompt and the size of its batch."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable

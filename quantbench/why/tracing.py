@@ -1,7 +1,5 @@
 """Where the time of a generation goes: which kernels or operators, how many, and how long the device had none."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """Why a row is as fast as it is: where the time of a decode step goes, and the verdict on it in words."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 
