@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import quantbench as qb
+from quantbench.conclusions import compared
 from quantbench.labels import cells
+from quantbench.quantisers import QUANTISERS
 from quantbench.settings import BASELINES
 from quantbench.tables import Table
 from quantbench.wording import listed, markdown_text, span
@@ -100,7 +102,24 @@ def results() -> str:
     """A sentence on the speed of each machine, and one on quality, as bullets."""
     said = [f"**{markdown_text(first(run).machine_name)}.** {speed(run.only(model=STUDENT))}"
             for run in published().values()]
-    return "\n".join(f"- {sentence}" for sentence in [*said, *kept()])
+    return "\n".join(f"- {sentence}" for sentence in [*said, *libraries(), *kept()])
+
+
+def libraries() -> list[str]:
+    """Per engine, how fast ways of quantising decode beside the unquantised setting in the same engine, by rounds."""
+    said = []
+    for run in published("methods").values():
+        named = [cell for cell in cells(run) if cell.measured]
+        for engine in dict.fromkeys(cell.row.engine for cell in named):
+            base, *others = sorted((cell for cell in named if cell.row.engine == engine),
+                                   key=lambda cell: QUANTISERS[qb.SETTINGS[cell.row.setting].quantisation] is not
+                                   QUANTISERS["none"])
+            ratios = [(cell.row.setting_label, compared(cell, base, "decode_tokens_per_s")) for cell in others]
+            told = listed([f"{name} {one.value:.2f} ({span(one.interval, '.2f')})" for name, one in ratios])
+            said.append(f"{told} times {base.row.setting_label} in {engine}")
+        said = [f"**Which library.** {markdown_text(f'{named[0].title}, decode on {first(run).machine_name}')}: "
+                f"{markdown_text('; '.join(said))}."]
+    return said
 
 
 def speed(run: qb.Run) -> str:
@@ -188,7 +207,7 @@ def why(name: str, run: qb.Run) -> list[str]:
 
 
 def methods(name: str, run: qb.Run) -> list[str]:
-    """Markdown of the ways of quantising beside each other: rates of decode, by rounds over the unquantised eager one's."""
+    """Markdown of the ways of quantising beside each other: rates of decode, by rounds over the unquantised one's."""
     base = next(key for key in ("gpu-bf16", *BASELINES) if any(row.setting == key for row in run))
     ratios = qb.ratios(run, base, "decode_tokens_per_s").reset_index(drop=True)
     caption = [f"Decode tokens/sec over {qb.SETTINGS[base].label}, eager", first(run).machine_name]
