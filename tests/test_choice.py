@@ -1,7 +1,11 @@
 """What fits, held against what loading measures; and which setting to take, of synthetic rows with a known best one."""
 
+import contextlib
 import math
 import random
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,26 +18,33 @@ from quantbench.records import Measurement
 from quantbench.weights import checkpoint, find
 
 EVERY_CPU = (*CPU_SETTINGS, "cpu-int8-weights", "cpu-int4-weights")
-KEPT = {"gpu-fp16": 1.0, "gpu-int8": 0.996, "gpu-int4": 0.994, "gpu-int4-fp4": 0.95}
 MACHINE = {"gpu": "H100", "cpu": "x"}
+SPEEDS = {"gpu-fp16": 100, "gpu-int8": 110, "gpu-int4": 121, "gpu-int4-fp4": 133.1}
+MEMORY = {"gpu-fp16": 3.0, "gpu-int8": 2.0, "gpu-int4": 1.5, "gpu-int4-fp4": 1.4}
+LARGER = {"gpu-fp16": 1.0, "gpu-int8": 2.0, "gpu-int4": 3.0, "gpu-int4-fp4": 4.0}  # the faster
+KEPT = {"gpu-fp16": 1.0, "gpu-int8": 0.996, "gpu-int4": 0.994, "gpu-int4-fp4": 0.95}
 
 
-def rows(speeds, memory, noise=0.03, rounds=8, ttft=0.02, weights="pretrained", seed=0):
+def rows(speeds, memory, noise=0.03, rounds=8, weights="pretrained", seed=0, machine=MACHINE):
     """A row per setting, tokens/s about `speeds`, each sample with its own noise."""
     draw = random.Random(seed)
     for key, speed in speeds.items():
+        place = "ram_peak_bytes" if key.startswith("cpu") else "vram_peak_bytes"
         yield Measurement(
             model="gpt2", setting=key, max_new_tokens=64, new_tokens=64, prompt_tokens=12, weights=weights,
             latencies_s=[64 / speed * math.exp(draw.gauss(0, noise)) for _ in range(rounds)],
-            first_token_s=[ttft * math.exp(draw.gauss(0, noise)) for _ in range(rounds)],
-            rounds=[f"a-{place}" for place in range(rounds)], vram_peak_bytes=int(memory[key] * 1e9), machine=MACHINE)
+            first_token_s=[0.02 * math.exp(draw.gauss(0, noise)) for _ in range(rounds)],
+            rounds=[f"a-{number}" for number in range(rounds)], machine=machine, **{place: int(memory[key] * 1e9)})
 
 
-def read_all(half=0.0005):
-    return [qb.Quality(model="gpt2", setting=key, weights="pretrained", machine=MACHINE, reference="gpu-fp16",
-                       tokens=2978, windows=12, kl_mean=1 - kept, accuracy_kept=kept, perplexity=20.0,
-                       accuracy_kept_ci=(1.0, 1.0) if key == "gpu-fp16" else (kept - half, kept + half))
-            for key, kept in KEPT.items()]
+def read(key, kept, half=0.0005, machine=MACHINE):
+    half *= kept != 1  # the reference's own
+    return qb.Quality(model="gpt2", setting=key, weights="pretrained", machine=machine, reference="gpu-fp16",
+                      windows=12, tokens=2978, kl_mean=1 - kept, accuracy_kept=kept, accuracy_kept_ci=(kept - half, kept + half))
+
+
+def measured(speeds, memory, half=0.0005, **how):
+    return qb.Run([*rows(speeds, memory, **how), *(read(key, kept, half) for key, kept in KEPT.items())])
 
 
 # ---- what fits ----
@@ -58,11 +69,11 @@ def test_fit_says_what_fits_where_and_why_not(tiny_gpt2):
     assert frame.loc["GPU BF16", "Fits"] == "no" and "7.5" in frame.loc["GPU BF16", "Note"]
     assert table._repr_html_().count("opacity") >= 1 and not any(name.startswith("CPU") for name in frame.index)
     small, = qb.fit("gpt2", on=DEVICES["T4"] | {"bytes": CONTEXT + 0.2e9})
-    fits = small.frame.set_index("Setting")["Fits"]
-    assert fits["GPU FP16"] == "no" and fits["GPU INT4"] == "yes"
+    assert [*small.frame["Fits"]][:4] == ["no", "yes", "yes", "no"]
     assert "0.25 GB to load it, 0.20 GB are free" in repr(small)
-    here = qb.fit(tiny_gpt2)[0].frame.set_index("Setting")
-    assert here.loc["CPU FP32", "Longest context"] == 64 and here.loc["GPU FP16", "Note"]
+    limits = qb.Limits(device="cpu", name="x", read_bytes_per_s=1e9, matrix_flops_per_s={}, machine=qb.facts())
+    here = qb.fit(tiny_gpt2, run=qb.Run([limits]))[0].frame.set_index("Setting")
+    assert here.loc["CPU FP32", "Longest context"] == 64 and here.loc["CPU FP32", "Decode floor (ms)"] > 0
     with pytest.raises(ValueError, match="unknown device 'T5'; did you mean 'T4'"):
         qb.fit("gpt2", on="T5")
     with pytest.raises(ValueError, match="a device is a dict of"):
@@ -70,11 +81,6 @@ def test_fit_says_what_fits_where_and_why_not(tiny_gpt2):
 
 
 # ---- which to take ----
-
-SPEEDS = {"gpu-fp16": 100, "gpu-int8": 110, "gpu-int4": 121, "gpu-int4-fp4": 133.1}
-MEMORY = {"gpu-fp16": 3.0, "gpu-int8": 2.0, "gpu-int4": 1.5, "gpu-int4-fp4": 1.4}
-LARGER = {"gpu-fp16": 1.0, "gpu-int8": 2.0, "gpu-int4": 3.0, "gpu-int4-fp4": 4.0}  # the faster
-
 
 @pytest.mark.parametrize("memory, limits, best, breaks", [
     (MEMORY, {}, "gpu-int4", {"gpu-int4-fp4"}),  # the fastest keeps too little
@@ -86,22 +92,20 @@ LARGER = {"gpu-fp16": 1.0, "gpu-int8": 2.0, "gpu-int4": 3.0, "gpu-int4-fp4": 4.0
     (MEMORY, {"min_tokens_per_s": 110}, "gpu-int4", {"gpu-fp16", "gpu-int4-fp4"}),
     (MEMORY, {"ttft_s": 0.01}, None, set(SPEEDS))])
 def test_it_names_the_best_of_noisy_runs_and_none_that_breaks_a_limit(memory, limits, best, breaks):
-    given = [qb.choose(qb.Run([*rows(SPEEDS, memory, seed=seed), *read_all()]), **limits).answer for seed in range(100)]
+    given = [qb.choose(measured(SPEEDS, memory, seed=seed), **limits).answer for seed in range(100)]
     assert given.count(best) >= 95 and not {*given} & breaks
 
 
 def test_a_tie_goes_to_the_smaller_then_to_the_closer():
     same = dict.fromkeys(SPEEDS, 100)
-    given = [qb.choose(qb.Run([*rows(same, MEMORY, seed=seed), *read_all()])) for seed in range(20)]
+    given = [qb.choose(measured(same, MEMORY, seed=seed)) for seed in range(20)]
     assert [one.answer for one in given].count("gpu-int4") >= 19
     assert any(one.ranked.loc["gpu-int8", "Verdict"] == "tie" and "Tie: " in repr(one.why) for one in given)
-    level = dict.fromkeys(SPEEDS, 2.0)
-    assert qb.choose(qb.Run([*rows(same, level, 0.001), *read_all()])).answer == "gpu-fp16"
+    assert qb.choose(measured(same, dict.fromkeys(SPEEDS, 2.0), noise=0.001)).answer == "gpu-fp16"
 
 
 def test_what_does_not_decide_is_said_and_not_named():
-    run = qb.Run([*rows(SPEEDS, MEMORY), *read_all(0.02)])
-    choice = qb.choose(run)
+    choice = qb.choose(measured(SPEEDS, MEMORY, 0.02))
     assert choice.answer == "gpu-fp16" and "0.974–1.014 of the accuracy on 2978 tokens" in repr(choice.why)
     assert choice.ranked.loc["gpu-int4", "Verdict"] == "not decided" and choice.unread == []
     unread = qb.choose(qb.Run(rows(SPEEDS, MEMORY)))
@@ -116,10 +120,8 @@ def test_what_does_not_decide_is_said_and_not_named():
 
 def test_one_model_and_workload_at_a_time_and_mistakes_are_said():
     run = qb.Run(rows(SPEEDS, MEMORY))
-    other = [Measurement(model="other", setting="gpu-fp16", max_new_tokens=64, new_tokens=64, latencies_s=[1.0],
-                         machine=MACHINE)]
     with pytest.raises(ValueError, match="a choice is of one model, not of 2"):
-        qb.choose(qb.Run([*run, *other]))
+        qb.choose(qb.Run([*run, replace(run[0], model="other")]))
     with pytest.raises(ValueError, match="above 0: vram_gb"):
         qb.choose(run, vram_gb=0)
     with pytest.raises(ValueError, match="did you mean 'gpu-int4'"):
@@ -128,19 +130,29 @@ def test_one_model_and_workload_at_a_time_and_mistakes_are_said():
     assert qb.choose(run, keep=None, settings=["gpu-fp16", "gpu-int8"]).answer == "gpu-int8"
 
 
-def test_a_model_is_measured_once_and_loads_as_it_was_audited(tiny_gpt2):
-    folder = str(checkpoint(find(tiny_gpt2)))
-    run = qb.Run()
+def test_quality_is_read_from_the_fastest_on_until_it_cannot_matter(monkeypatch):
+    kept = {"cpu-fp32": 1.0, "cpu-int4": 0.9, "cpu-int8": 0.995}
+    speeds, asked = {"cpu-fp32": 100, "cpu-int4": 200, "cpu-int8": 150, "cpu-int8-dynamic": 50}, []
+    run = qb.Run(rows(speeds, dict.fromkeys(speeds, 1.0), machine=qb.facts()))
+    for name, stub in {"sweep": lambda *_, **__: [], "load": lambda name, key: contextlib.nullcontext(key),
+                       "reference": lambda key: SimpleNamespace(quality=read(key, 1.0, machine=qb.facts())),
+                       "quality": lambda key, _: asked.append(key) or read(key, kept[key], machine=qb.facts())}.items():
+        monkeypatch.setattr(qb, name, stub, raising=False)
+    assert qb.choose("gpt2", run=run).answer == "cpu-int8" and asked == ["cpu-int4", "cpu-int8"]
+    assert qb.choose("gpt2", run=run, keep=0.8).answer == "cpu-int4" and len(asked) == 2  # nothing is read twice
+
+
+def test_a_model_is_measured_once_and_loads_as_it_was_audited(tiny_gpt2, monkeypatch):
+    monkeypatch.setattr(qb, "sweep", partial(qb.sweep, executor="inline", repeats=6, progress=False), raising=False)
+    folder, run = str(checkpoint(find(tiny_gpt2))), qb.Run()
     asked = {"max_new_tokens": 3, "settings": ["cpu-fp32", "cpu-int4", "gpu-int4"], "run": run}
     choice = qb.choose(folder, **asked)
     assert len(run) == 2 and "no NVIDIA GPU" in choice.ranked.loc["gpu-int4", "Why"]
     assert "Quality cannot be told" in choice.why[-1] or not choice.unread  # it has no tokenizer
-    before = [row.created_at for row in run]
-    assert qb.choose(folder, **asked).answer == choice.answer and [row.created_at for row in run] == before
-    assert "<pre>" in choice._repr_html_()
-    row = next(row for row in run if row.setting == "cpu-int4")
-    told = {}
+    before = [*run]
+    assert qb.choose(folder, **asked).answer == choice.answer and [*run] == before
+    row, told = next(row for row in run if row.setting == "cpu-int4"), {}
     exec(load_line(row), told)
     loaded = inspection.audit(told["model"], 0)
-    assert loaded["details"] == row.audit["details"] and loaded["bytes"] == row.audit["bytes"]
+    assert (loaded["details"], loaded["bytes"]) == (row.audit["details"], row.audit["bytes"])
     assert qb.choose(folder, ram_gb=1e-6, max_new_tokens=3, settings=["cpu-int4"], run=run).answer is None

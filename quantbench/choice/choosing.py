@@ -20,7 +20,7 @@ from quantbench.quantisers import QUANTISERS
 from quantbench.records import FIGURES, Measurement
 from quantbench.results import Run
 from quantbench.settings import BASELINES, MODELS, SETTINGS
-from quantbench.tables import RANDOM, Table, Tables
+from quantbench.tables import RANDOM, Table
 from quantbench.wording import html_text, listed, span
 
 SAME = 1.05  # times the speed, or the memory, of another: too little to decide between two that tie
@@ -47,16 +47,15 @@ class Choice:
         """Code that loads exactly the model that was measured; empty where there is no answer."""
         return load_line(self.row) if self.row else ""
 
-    def _table(self) -> Tables:
-        return Tables([Table(self.ranked, ["Which to take"], decimals=_DECIMALS)])
+    def _table(self) -> Table:
+        return Table(self.ranked, ["Which to take"], decimals=_DECIMALS)
 
     def __repr__(self) -> str:
-        return "\n".join([repr(self.why), repr(self._table()), self.load_line])
+        return f"{self.why!r}\n{self._table()!r}"
 
     def _repr_html_(self) -> str:
         said = "".join(f"<li>{html_text(sentence)}</li>" for sentence in self.why)
-        code = "\n".join(map(html_text, self.load_line.splitlines()))
-        return f"<ul>{said}</ul>{self._table()._repr_html_()}<pre>{code}</pre>"
+        return f"<ul>{said}</ul>{self._table()._repr_html_()}"
 
 
 class _Candidate(NamedTuple):
@@ -83,7 +82,8 @@ def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, 
     Of a Run it judges what is there, of one model, at this workload or what most rows have. A model's name is measured
     into `run`, in rounds, where estimates allow and the run lacks it; then quality, the fastest first, until that
     cannot change the answer. Faster is told by shared rounds; a tie goes to the smaller, if by 5%, then to the lower
-    KL. What a limit's interval leaves open is never named. Raises ValueError for several models or machines.
+    KL. What a limit's interval leaves open is never named. `settings`: of these alone, and the baseline. Raises
+    ValueError for several models or machines, and for a mistake in an argument.
     """
     given = {"vram_gb": vram_gb, "ram_gb": ram_gb, "ttft_s": ttft_s, "rate": min_tokens_per_s, "keep": keep}
     if wrong := [name for name, limit in given.items() if limit is not None and not limit > 0]:
@@ -141,14 +141,15 @@ def _judged(run: Run, asked: dict, work: dict, settings: list[str] | None, ruled
     rows = [row for row in run if row.batch_size == work["batch_size"]
             and work["prompt_tokens"] in (None, row.prompt_length)]
     many = Counter(row.work for row in rows if row.status == "ok")
-    main = max(many, key=lambda one: (one[-1] == work["max_new_tokens"], not one[1], many[one], one), default=None)
+    tokens = work["max_new_tokens"]
+    main = max(many, key=lambda one: (one[-1] == tokens, not any(one[1:3]), many[one], one), default=None)
     named = cells(row for row in rows if main in (None, row.work))
     machine_of(cell.row for cell in named)
     if len(titles := {cell.title for cell in named}) > 1:
         raise ValueError(f"a choice is of one model, not of {len(titles)}: run.only(model=...)")
     reads = {one.subject: one for one in run.qualities}
-    found = [_Candidate(cell, ratio, read, *_held(cell, read, asked)) for cell, _, ratio in beside(named)
-             for read in [reads.get(cell.row.subject)] if settings is None or cell.row.setting in settings]
+    found = [_Candidate(cell, ratio, read, *_held(cell, read, asked)) for cell, base, ratio in beside(named)
+             for read in [reads.get(cell.row.subject)] if not settings or cell is base or cell.row.setting in settings]
     best, lead = _best([one for one in found if not one.broken and not one.doubts])
     found.sort(key=lambda one: (one is not best, *map(bool, one[-2:]), -(one.cell.row.tokens_per_s or 0)))
     told = [_verdict(one, best, lead) for one in found]

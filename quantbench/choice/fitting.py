@@ -100,7 +100,7 @@ def estimates(model: str | os.PathLike, on: str | dict | None = None, run: Run |
 def _here(run: Run | None) -> tuple[dict, dict, dict]:
     """This machine's facts; by device the bytes that are free, and those read per second: listed, or measured."""
     facts = machine.facts()
-    gpu, limits = facts.get("gpu"), run.limits if run else []
+    gpu, limits = facts.get("gpu"), [] if run is None else run.limits  # a run without measurements is false
     rates = {"cuda": one["bandwidth"] for name, one in DEVICES.items() if gpu
              and re.search(rf"\b{name.partition('-')[0]}\b", gpu) and abs(facts["gpu_bytes"] / one["bytes"] - 1) < 0.1}
     rates |= {one.device: one.read_bytes_per_s for one in limits
@@ -115,5 +115,5 @@ def _there(on: str | dict) -> tuple[dict, dict, dict]:
     one = DEVICES[on] if isinstance(on, str) else on
     if {*one} != {"bytes", "bandwidth", "capability"}:
         raise ValueError(f"a device is a dict of 'bytes', 'bandwidth' and 'capability', not of {sorted(one)}")
-    facts = {"gpu": str(on), "gpu_capability": list(one["capability"])}
+    facts = {"gpu": "another", "gpu_capability": list(one["capability"])}
     return facts, {"cuda": one["bytes"] - CONTEXT}, {"cuda": one["bandwidth"]}
