@@ -1,6 +1,7 @@
 """What a machine allows: control groups of both versions, as trees of files; GPUs that a process may see."""
 
 import math
+import re
 from pathlib import Path
 
 import pynvml
@@ -70,3 +71,10 @@ def test_meters_read_the_gpu_or_the_part_of_one_that_torch_has(monkeypatch, kind
     machine._gpu.cache_clear()
     assert machine._gpu() == f"{kind}-1234" and machine.energy_j("cuda") == joules and machine.energy_j("cpu") is None
     machine._gpu.cache_clear()
+
+
+def test_the_plan_for_many_gpus_is_what_its_code_prints(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    code, table = re.search(r"```python\n(.*?)```\n\n(\|.*?)\n\n", text, re.DOTALL).groups()
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == table
