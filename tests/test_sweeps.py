@@ -1,6 +1,7 @@
 """Samples in rounds, and nothing takes a sweep down: children are killed, hung, starved; parents are killed and resumed.
 All for real."""
 
+import gc
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,7 +20,7 @@ import pytest
 
 import quantbench as qb
 from quantbench import machine
-from quantbench.sweeps import rounds, sweeping
+from quantbench.sweeps import rounds, workers
 from quantbench.sweeps.child import Desk
 from tests.conftest import Bar, children, eldest
 
@@ -199,7 +202,7 @@ def test_a_dead_pool_gives_rows(tiny_gpt2):
 
 def test_nothing_is_measured_beside_a_job_that_took_too_long(tiny_gpt2, tiny_llama, monkeypatch):
     end = threading.Event()
-    monkeypatch.setattr(sweeping, "measure_here", lambda cells, trace: end.wait(60) and [])
+    monkeypatch.setattr(workers, "measure_here", lambda cells, trace: end.wait(60) and [])
     with ThreadPoolExecutor(2) as pool:
         rows = list(qb.sweep([tiny_gpt2, tiny_llama], "cpu-fp32", 3, executor=pool, timeout_s=0.2, **SHORT))
         end.set()
@@ -207,10 +210,51 @@ def test_nothing_is_measured_beside_a_job_that_took_too_long(tiny_gpt2, tiny_lla
     assert "0.2 s" in rows[0].reason and "still runs" in rows[1].reason
 
 
+@pytest.fixture(scope="module")
+def client():
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None,
+                                  resources={"GPU": 1}) as cluster, distributed.Client(cluster) as client:
+        yield client
+
+
+def test_a_dask_cluster_measures_a_model_on_one_worker_and_a_lost_one_costs_its_own_model(
+        client, tiny_gpt2, tiny_llama, tmp_path):
+    def kill():
+        """One worker, while it measures."""
+        while not (busy := [one for one, jobs in client.processing().items() if "measure_here" in str(jobs)]):
+            time.sleep(0.1)
+        os.kill(workers[busy[0]], signal.SIGKILL)
+
+    third, run, workers = tmp_path / "third", qb.Run.open(tmp_path / "run.jsonl"), client.run(os.getpid)
+    shutil.copytree(tiny_gpt2, third)
+    models = [tiny_gpt2, tiny_llama, str(third)]
+    swept = partial(qb.sweep, models, BOTH, 3, run=run, executor=client, progress=False, repeats=20)
+    threading.Thread(target=kill, daemon=True).start()
+    rows = list(swept())
+    lost = {row.model for row in rows if row.status == "crashed"}
+    assert len(rows) == 6 and len(lost) == 1 and {row.status for row in rows} == {"ok", "crashed"}
+    assert all("is gone: not tried again" in row.reason and row.machine for row in rows if row.status == "crashed")
+    assert {(row.model, row.status) for row in swept(retry=True)} == {(*lost, "ok")} and not list(swept())
+    rows = list(qb.Run.read(run.path))
+    assert len(rows) == 6 and {row.status for row in rows} == {"ok"}
+    assert [len({tuple(row.rounds) for row in rows if row.model == model}) for model in models] == [1, 1, 1]
+    held = client.run(lambda: [str(one) for one in gc.get_objects()
+                               if type(one).__name__ == "Linear" and not one.weight.is_meta])
+    assert list(held.values()) == [[], []]
+
+
+def test_what_another_machine_of_a_cluster_measured_is_not_measured_again(tiny_gpt2):
+    how = {"executor": ThreadPoolExecutor(1), "repeats": 2, "progress": False}
+    rows = [replace(row, machine={"cpu": "another"}) for row in qb.sweep(tiny_gpt2, BOTH, 3, **how)]
+    assert not list(qb.sweep(tiny_gpt2, BOTH, 3, run=qb.Run(rows), **how))
+    assert len(list(qb.sweep(tiny_gpt2, [*BOTH, "cpu-bf16"], 3, run=qb.Run(rows), **how))) == 3  # its baseline is here
+
+
 @pytest.mark.parametrize("mistake, message", [
     ({"models": "gtp2"}, "unknown model"), ({"settings": ["cpu-fp23"]}, "unknown setting"),
     ({"max_new_tokens": [3, 0]}, "at least 1"), ({"max_new_tokens": 60}, "over the 64 tokens"),
-    ({"executor": "outline"}, "unknown executor"), ({"timeout_s": 0}, "timeout_s"), ({"engine": "x"}, "unknown engine"),
+    ({"executor": "outline"}, "unknown executor"), ({"executor": 3}, "unknown executor"), ({"timeout_s": 0}, "timeout_s"), ({"engine": "x"}, "unknown engine"),
     ({"repeats": 0}, "repeats"), ({"budget_s": -1}, "budget_s"), ({"prompt": ""}, "prompt is empty")])
 def test_a_mistake_raises_at_once(tiny, mistake, message):
     with pytest.raises(ValueError, match=message):

@@ -28,6 +28,8 @@ class Cell:
     workload: Workload
     source: Source | None
     unavailable: str | None = None
+    planned_on: dict = dataclasses.field(default_factory=machine.facts)  # and to be measured there
+    versions: dict = dataclasses.field(default_factory=machine.versions)
 
     def row(self, status: str, reason: str | None) -> Measurement:
         """The measurement of a cell that gave no samples."""
@@ -36,7 +38,7 @@ class Cell:
             revision=self.source and self.source.revision, weights=self.source and self.source.weights,
             prompt=self.workload.prompt, prompt_length=self.workload.prompt_tokens, depth=self.workload.depth,
             batch_size=self.workload.batch_size, max_new_tokens=self.workload.max_new_tokens,
-            machine=machine.facts(), versions=machine.versions())
+            machine=self.planned_on, versions=self.versions)
 
     @cached_property
     def key(self) -> tuple:
@@ -61,12 +63,10 @@ def plan(models: object, settings: object, engines: object, workloads: list[Work
          weights: str | None) -> list[Cell]:
     """Every cell once, in groups of one model and workload: what is compared stands together. Raises ValueError for a
     mistake in an argument, before anything is loaded."""
-    names, engines = {os.fspath(one): None for one in many(models)}, dict.fromkeys(many(engines))
+    names, engines = dict.fromkeys(check_name(one, weights) for one in many(models)), dict.fromkeys(many(engines))
     reasons = {row: why_not(row) for row in map(find_setting, many(settings))}
     for engine in engines:
         find_engine(engine)
-    for name in names:
-        check_name(name, weights)
     cells = []
     for name in names:
         source = None if all(reasons.values()) else find(name, weights)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, wait
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import groupby, product
 
 from tqdm import tqdm as std_tqdm
@@ -17,13 +16,14 @@ from quantbench.results import Run
 from quantbench.settings import PROMPT, Workload, unknown
 from quantbench.sweeps.plan import Cell, many, missing, plan
 from quantbench.sweeps.rounds import Rounds, joined
+from quantbench.sweeps.workers import Jobs
 
 
 def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_tokens: int | Iterable[int] = (128, 256),
           *, prompt: str = PROMPT, batch_size: int | Iterable[int] = 1, repeats: int | None = None,
           prompt_tokens: int | Iterable[int] | None = None, depth: int | Iterable[int] = 0, budget_s: float = 30.0,
           engine: str | Iterable[str] = "eager", trace: bool = False, weights: str | None = None,
-          run: Run | None = None, executor: Executor | str | None = None, timeout_s: float = 900.0, retry: bool = False,
+          run: Run | None = None, executor: object = None, timeout_s: float = 900.0, retry: bool = False,
           stop: threading.Event | None = None, progress: bool | std_tqdm = True) -> Iterator[Measurement]:
     """Measure every model under every setting, engine, length, batch size, `prompt_tokens` and `depth` (see
     `Workload`), in rounds; yield each measurement.
@@ -37,8 +37,10 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
     A killed child is a `crashed` row, one over `timeout_s` seconds for its cell a `timeout`, any other error `failed`;
     the others go on. With `run`, each row is added before it is yielded, cells that it holds get the rounds that they
     lack, and its baseline joins those that are new; `retry` measures again what is not ok; `trace` adds where the time
-    goes. `executor="inline"` stays in this process (no timeout), a `concurrent.futures.Executor` takes a model's cells
-    as one job. `progress` may be a tqdm bar. Once `stop` is set, children are killed and unfinished cells give no row.
+    goes. `executor="inline"` stays in this process (no timeout). `progress` may be a tqdm bar. Once `stop` is set,
+    children are killed and unfinished cells give no row. A `concurrent.futures.Executor` or a Dask `distributed.Client`
+    takes a model's cells as one job for one worker (Dask's have one each; where a setting needs a GPU, those that offer
+    the resource GPU): rows come, and reach `run`, when a model ends, and what a lost worker had is `crashed`.
 
     Raises ValueError at once, before anything is loaded, for a mistake in any argument.
     """
@@ -46,7 +48,7 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
     workloads = [Workload(prompt, length, batch, repeats, budget_s, words, cached)
                  for length, batch, words, cached in product(*axes)]
     cells = plan(models, settings, engine, workloads, weights)
-    if isinstance(executor, str) and executor != "inline":
+    if executor not in (None, "inline") and not hasattr(executor, "submit"):
         raise ValueError(unknown("executor", executor, ("inline",)))
     if not timeout_s > 0:
         raise ValueError(f"timeout_s must be above 0 seconds, not {timeout_s!r}")
@@ -54,48 +56,25 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
     todo = missing(cells, known, retry, trace)
     if kept := len({cell.key for cell in cells} - {cell.key for cell in todo}):
         tqdm.write(f"{kept} of {len(cells)} cells are in the run already: skipped")
-    return _measured(todo, known, run, executor, timeout_s, trace, stop, progress)
+    jobs = Jobs(executor, cells, known, weights, timeout_s, trace, retry, stop)
+    rounds = partial(_by_model, todo, executor == "inline", timeout_s, trace, stop)
+    return _measured(len(todo), rounds if executor in (None, "inline") else jobs.measure, known, run, progress)
 
 
-def _measured(cells: list[Cell], known: dict[tuple, Measurement], run: Run | None, executor: Executor | str | None,
-              timeout_s: float, trace: bool, stop: threading.Event, progress: bool | std_tqdm) -> Iterator[Measurement]:
+def _by_model(cells: list[Cell], *how: object) -> Iterator[Measurement]:
+    for _, mine in groupby(cells, key=lambda cell: cell.model):
+        yield from Rounds(list(mine), *how).measure()
+
+
+def _measured(count: int, measure: Callable, known: dict[tuple, Measurement], run: Run | None,
+              progress: bool | std_tqdm) -> Iterator[Measurement]:
     with contextlib.nullcontext(progress) if isinstance(progress, std_tqdm) else \
-            tqdm(total=len(cells), unit="cell", disable=not (progress and cells)) as bar:
-        bar.reset(len(cells))
-        late: list[Future] = []
-        for _, mine in groupby(cells, key=lambda cell: cell.model):
-            if stop.is_set():
-                return
-            rows = _by_executor(executor, list(mine), timeout_s, trace, late) if isinstance(executor, Executor) else \
-                Rounds(list(mine), executor == "inline", timeout_s, trace, stop, bar.set_description).measure()
-            with contextlib.closing(rows):
-                for row in rows:
-                    row = joined(known.get(row.key), row)
-                    if run is not None:
-                        run.add(row)
-                    bar.update()
-                    yield row
-
-
-def _by_executor(executor: Executor, cells: list[Cell], timeout_s: float, trace: bool,
-                 late: list[Future]) -> Iterator[Measurement]:
-    """A model's cells as one job: their rounds stay on one worker. Nothing is measured beside `late` jobs, which took
-    too long and may still run."""
-    patience_s, job = timeout_s * len(cells), None
-    try:
-        if wait(late, patience_s).not_done:
-            yield from (cell.row("timeout", "a job that took too long still runs on the executor") for cell in cells)
-            return
-        job = executor.submit(measure_here, cells, trace)
-        yield from job.result(patience_s)
-    except TimeoutError:
-        if not job.cancel():
-            late.append(job)
-        yield from (cell.row("timeout", f"not done after {timeout_s:g} s for each cell") for cell in cells)
-    except Exception as error:  # the worker, or the executor itself, is gone
-        yield from (cell.row("crashed", f"{type(error).__name__}: {error}") for cell in cells)
-
-
-def measure_here(cells: list[Cell], trace: bool) -> list[Measurement]:
-    """All rounds of a model's cells, in this process; nothing stays loaded."""
-    return list(Rounds(cells, True, math.inf, trace, threading.Event()).measure())
+            tqdm(total=count, unit="cell", disable=not (progress and count)) as bar:
+        bar.reset(count)
+        with contextlib.closing(measure(bar.set_description)) as rows:
+            for row in rows:
+                row = joined(known.get(row.key), row)
+                if run is not None:
+                    run.add(row)
+                bar.update()
+                yield row
