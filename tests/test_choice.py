@@ -40,7 +40,8 @@ def rows(speeds, memory, noise=0.03, rounds=8, weights="pretrained", seed=0, mac
 def read(key, kept, half=0.0005, machine=MACHINE):
     half *= kept != 1  # the reference's own
     return qb.Quality(model="gpt2", setting=key, weights="pretrained", machine=machine, reference="gpu-fp16",
-                      windows=12, tokens=2978, kl_mean=1 - kept, accuracy_kept=kept, accuracy_kept_ci=(kept - half, kept + half))
+                      windows=12, tokens=2978, kl_mean=1 - kept, accuracy_kept=kept,
+                      accuracy_kept_ci=(kept - half, kept + half))
 
 
 def measured(speeds, memory, half=0.0005, **how):

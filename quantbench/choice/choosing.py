@@ -170,16 +170,16 @@ def _held(cell: Cell, read: Quality | None, asked: dict) -> tuple[list[str], lis
         return [cell.outcome], []
     place, memory = ("RAM", row.ram_peak_gb) if row.vram_peak_bytes is None else ("VRAM", row.vram_gb)
     first, rate = median_interval(row.first_token_s) or [row.ttft_s] * 2, row.tokens_per_s_ci or [row.tokens_per_s] * 2
-    checks = [(f"GB of {place}", (memory, memory), 0, asked[f"{place.lower()}_gb"]),
-              ("s to the first token", first, 0, asked["ttft_s"]),
-              (f"tokens/s in {len(row.latencies_s)} rounds", rate, asked["rate"], inf)]
+    checks = [(f"GB of {place}", ".3f", (memory, memory), 0, asked[f"{place.lower()}_gb"]),
+              ("s to the first token", ".3f", first, 0, asked["ttft_s"]),
+              (f"tokens/s in {len(row.latencies_s)} rounds", ".1f", rate, asked["rate"], inf)]
     if read and row.weights != "random":
         kept = read.accuracy_kept_ci or (None, None)
-        checks.append((f"of the accuracy on {read.tokens} tokens", kept, asked["keep"], inf))
+        checks.append((f"of the accuracy on {read.tokens} tokens", ".3f", kept, asked["keep"], inf))
     doubts = [UNREAD] * bool(not read and asked["keep"] and row.weights != "random" and _quantised(row))
-    for what, (low, high), least, most in checks:
+    for what, digits, (low, high), least, most in checks:
         if (least, most) != (0, inf):
-            said = "not known:" if low is None else f"{low:.4g}" if low == high else span((low, high), ".4g")
+            said = "unknown" if low is None else f"{low:{digits}}" if low == high else span((low, high), digits)
             said += f" {what}"
             broken += [said] * (low is not None and (high < least or low > most))
             doubts += [said] * (low is None or low < least <= high or low <= most < high)
@@ -223,7 +223,7 @@ def _why(named: list[Cell], best: _Candidate | None, ranked: pd.DataFrame) -> Fi
             for kind in (OPEN, TIE, SLOWER, OUT) for some in [ranked[ranked["Verdict"] == kind]] if len(some)}
     answer = OPEN if OPEN in said else "nothing meets the limits"
     if best:
-        figures = [f"{best.cell.row.tokens_per_s:.3g} tokens/s", f"{best.memory_gb:.3g} GB"]
+        figures = [f"{best.cell.row.tokens_per_s:,.1f} tokens/s", f"{best.memory_gb:.3g} GB"]
         if best.ratio and best.ratio.interval:
             figures.append(f"{best.ratio.value:.2f} ({span(best.ratio.interval, '.2f')}) × baseline")
         if best.read and best.read.accuracy_kept:
