@@ -28,7 +28,7 @@ Machine = _typed(
     "Machine", cpu=Name | None, cores=Count | None, torch_threads=Count, ram_bytes=Count, os=Name, dynamic_int8=bool,
     gpu=Name | None, gpu_count=Count, gpu_bytes=Count, gpu_multiprocessors=Count, cuda=Name | None, driver=Name | None,
     gpu_capability=Annotated[list[Count], Field(max_length=2, min_length=2)], gpu_power_limit_w=Amount | None,
-    gpu_visible=Name)
+    gpu_visible=Name | None)
 Audit = _typed(
     "Audit", quantiser=Name, quantised=Count, quantised_bytes=Count, embedding_bytes=Count, step_bytes=Count,
     step_products=Count, kv_bytes_per_token=Count, left=Tally, kept=Tally, storage_dtype=Name, compute_dtype=Name,

@@ -28,17 +28,16 @@ THROTTLE = {  # nvmlClocksEventReasons: why a GPU runs below its clocks; the one
 def facts() -> dict:
     """What this machine is: CPU, cores, RAM and, where there is one, the GPU. Plain JSON, no changing readings."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    allowed, visible = group_limits(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    allowed = group_limits()
     found = {
         "cpu": _cpu_name(),
         "cores": math.ceil(min(cores, allowed["cores"])),
         "torch_threads": torch.get_num_threads(),
         "ram_bytes": min(psutil.virtual_memory().total, allowed["bytes"]),
         "os": f"{platform.system()} {platform.machine()}",
+        "gpu_visible": os.environ.get("CUDA_VISIBLE_DEVICES"),  # where set: which GPUs, or parts (MIG)
         "dynamic_int8": bool({"x86", "fbgemm", "qnnpack"} & set(torch.backends.quantized.supported_engines)),
     }
-    if visible is not None:
-        found["gpu_visible"] = visible  # which of the machine's GPUs, or parts of one (MIG), this process may see
     if not torch.cuda.is_available():
         return found
     gpu, limit = torch.cuda.get_device_properties(0), _nvml(pynvml.nvmlDeviceGetEnforcedPowerLimit)
