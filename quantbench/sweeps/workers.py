@@ -35,7 +35,9 @@ class Jobs:
     def measure(self, tell: object = None) -> Iterator[Measurement]:
         """A row for each cell that the run lacks, as its model ends."""
         models = (list(mine) for _, mine in groupby(self.cells, key=lambda cell: cell.model))
-        lives = [self._serve(worker, told, models) for worker, told in self._workers().items()]
+        workers, needed = self._workers(), any(cell.setting.device == "cuda" for cell in self.cells)
+        offer = {worker: told for worker, told in workers.items() if needed and told["resources"].get("GPU")}
+        lives = [self._serve(worker, told, models) for worker, told in (offer or workers).items()]
         while lives and not self.stop.is_set():
             for life in list(lives):
                 rows = next(life, None)
@@ -77,18 +79,14 @@ class Jobs:
                 if time.monotonic() > until:
                     raise TimeoutError(f"not done after {self.timeout_s:g} s for each cell")
                 yield []
-            return job.result()
+            return job.result(self.timeout_s)  # at once, unless the worker goes at this very moment
         finally:
             job.cancel()
 
     def _workers(self) -> dict[str | None, dict]:
-        """All, or where a GPU is needed and some say that they offer one (`resources`), those."""
-        if isinstance(self.client, Executor):
-            return {None: {}}
-        scheduler = self.client.scheduler  # not client.scheduler_info: another thread may empty what that gives
-        workers = self.client.sync(scheduler.identity, n_workers=-1)["workers"]
-        offer = {worker: told for worker, told in workers.items() if told["resources"].get("GPU")}
-        return offer if offer and any(cell.setting.device == "cuda" for cell in self.cells) else workers
+        """What Dask's scheduler says of each; not client.scheduler_info, which another thread may empty."""
+        return {None: {"resources": {}}} if isinstance(self.client, Executor) else \
+            self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"]
 
     def _lacking(self, cells: list[Cell]) -> list[Cell]:
         """The cells that the run lacks; none where another machine of the cluster measured all of them."""
