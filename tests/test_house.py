@@ -97,7 +97,8 @@ def test_files_and_functions_stay_small(module):
 
 @pytest.mark.parametrize("name, most", [("core", 2_824), ("package", 6_240)])
 def test_the_house_grows_no_thicker(name, most):
-    """The promise is 2,000 and 4,800: these two numbers only ever go down."""
+    """The promise is 2,000 and 4,800. It is not kept yet: these numbers went up once, with `methods/` and `choice/`, and
+    go down from here."""
     counted = [path for module, path in FILES.items() if name == "package" or not room(module)]
     assert sum(len(path.read_text().splitlines()) for path in counted) <= most
 

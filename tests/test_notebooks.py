@@ -70,7 +70,8 @@ def test_every_public_name_leads_somewhere_and_says_what_it_is(name):
 def test_notebook_03_runs_whole(tiny_gpt2, tiny_llama, tmp_path):
     rows = tmp_path / "out" / "rows.jsonl"
     parameters = {"model": tiny_gpt2, "sizes": [tiny_gpt2, tiny_llama], "batch_sizes": [1, 2], "max_new_tokens": 4,
-                  "prompt_tokens": [4, 12], "settings": ["cpu-fp32", "gpu-int4", "cpu-int4"], "cell_budget_s": 0.1, "results": str(rows)}
+                  "prompt_tokens": [4, 12], "settings": ["cpu-fp32", "gpu-int4", "cpu-int4"], "cell_budget_s": 0.1,
+                  "results": str(rows)}
     papermill.execute_notebook(ROOT / "notebooks" / "03_why.ipynb", tmp_path / "executed.ipynb", parameters,
                                cwd=ROOT / "notebooks", progress_bar=False)
     run = qb.Run.read(rows)
@@ -87,7 +88,8 @@ def test_notebook_04_runs_whole(tiny_gpt2, tmp_path):
                   "results": str(tmp_path / "rows.jsonl")}
     papermill.execute_notebook(ROOT / "notebooks" / "04_choose.ipynb", tmp_path / "executed.ipynb", parameters,
                                cwd=ROOT / "notebooks", progress_bar=False)
-    assert {row.setting for row in qb.Run.read(tmp_path / "rows.jsonl") if row.status == "ok"} == {"cpu-fp32", "cpu-int4"}
+    measured = {row.setting for row in qb.Run.read(tmp_path / "rows.jsonl") if row.status == "ok"}
+    assert measured == {"cpu-fp32", "cpu-int4"}
     printed = "".join(output.text for cell in code_cells(tmp_path / "executed.ipynb") for output in cell.outputs
                       if output.output_type == "stream")
     assert "from_pretrained(" in printed or "qb.load(" in printed
