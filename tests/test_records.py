@@ -198,3 +198,10 @@ def test_whatever_stands_in_a_field_is_refused_or_harmless_in_every_view(name, v
         for view in (qb.table(run), qb.show(run), qb.findings(run), qb.ratios(run), run):
             repr(view).encode()
         qb.markdown(run).encode(), run._repr_html_().encode()
+
+
+def test_fewer_threads_are_another_machine():
+    machine = {"cpu": "C", "cores": 4, "torch_threads": 4}
+    names = [dataclasses.replace(ROW, machine=facts).machine_name for facts in (
+        machine, machine | {"torch_threads": 1}, machine | {"torch_threads": 1, "gpu": "G"}, {"cpu": "C"}, {})]
+    assert names == ["C", "C (1 of 4 cores)", "G · C", "C", ""]
