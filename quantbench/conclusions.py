@@ -99,6 +99,8 @@ def _speed(group: list[Cell]) -> str:
     first = max(judged, key=lambda cell: judged[cell].value)
     best = first if judged[first].value > 1 else base
     level = [cell for cell in (base, *judged) if cell is best or compared(best, cell).verdict == "tie"]
+    if base in level:  # who is slower than one of them shares no place with it
+        level = [cell for cell in level if cell is base or judged[cell].verdict != "slower"]
     shown = [cell for cell in level if cell in judged] or [first]
     told = [("" if level == [cell] else f"{cell.setting} at ") + f"{judged[cell].value:.2f} "
             f"({span(judged[cell].interval, '.2f')}, {judged[cell].rounds} rounds)" for cell in shown]

@@ -50,7 +50,7 @@ class Subject:
 
     @property
     def machine_name(self) -> str:
-        """GPU and CPU in words, the CPU alone with its threads where they are not all of its cores: rows of two machines
+        """GPU and CPU in words, a CPU alone with its threads where they are not all of its cores; rows of two machines
         are never mixed in one table or chart."""
         gpu, cpu, cores, threads = map(self.machine.get, ("gpu", "cpu", "cores", "torch_threads"))
         some = f" ({threads} of {cores} cores)" if cpu and not gpu and threads and cores and threads < cores else ""

@@ -51,6 +51,13 @@ def test_what_is_said(rows, sentence):
     assert sentence in said(*rows)
 
 
+def test_who_is_slower_than_one_of_those_that_tie_shares_no_place_with_them():
+    """The fastest median is so noisy that it ties with everyone: INT8 is slower than FP16 all the same."""
+    noisy = row("gpu-int4", [s * by for s, by in zip(SIX, [0.4, 2.0, 0.8, 0.9, 0.5, 1.9])])
+    text = said(FP16, noisy, row("gpu-int8", [s / 0.8 for s in SIX]))
+    assert "GPU FP16 and GPU INT4 are a tie for the fastest" in text and "GPU INT8 at" not in text
+
+
 def test_the_workload_that_most_settings_share_in_rounds_is_spoken_of():
     shorter = [dataclasses.replace(one, max_new_tokens=50, new_tokens=50) for one in (FP16, NF4, INT8)]
     text = said(*shorter, FP16, NF4, INT8)
