@@ -21,6 +21,8 @@ from pathlib import Path
 from slowed import Slowed
 
 import quantbench as qb
+from quantbench.comparison.history import moves
+from quantbench.comparison.machines import gathered
 from quantbench.intervals import ratio_of_rounds
 
 
@@ -56,7 +58,7 @@ def main() -> None:
           f"{min(ratio.rounds for ratio in within)} to {max(ratio.rounds for ratio in within)} rounds: {len(named)} of "
           f"{len(within)} comparisons named ({len(named) / len(within):.0%}), medians {values[0]:.3f} to "
           f"{values[-1]:.3f}"
-          + ("" if asked.slower else f"; between runs {between(runs, asked.setting)}")
+          + ("" if asked.slower else f"; between runs {between(runs)}")
           + f"; {time.monotonic() - start:.0f} s")
 
 
@@ -81,14 +83,14 @@ def slowing_s(asked: argparse.Namespace) -> float:
     return asked.slower * next(rows).step_ms / 1000
 
 
-def between(runs: list[qb.Run], setting: str) -> str:
-    """How many cells `qb.changes` names over all pairs of runs, of those that it can compare: it takes each run's
-    ratios to its eager baseline, so runs of a captured engine alone give none."""
-    judged = [(qb.ratios(run, baseline=setting)["Verdict"] != "not compared").sum() for run in runs]
-    pairs = list(itertools.combinations(range(len(runs)), 2))
-    named = sum("% against " in sentence for before, after in pairs
-                for sentence in qb.changes(runs[before], runs[after]))
-    return f"{named} of {sum(min(judged[before], judged[after]) for before, after in pairs)} compared cells named"
+def between(runs: list[qb.Run]) -> str:
+    """How many cells are named over all pairs of runs, of those that can be compared: by each run's ratios to its eager
+    baseline, so runs of a captured engine alone give none."""
+    verdicts = []
+    for pair in itertools.combinations(runs, 2):
+        before, after = (side for _, side in gathered(pair, per_source=True).groupby("side"))
+        verdicts += [verdict for verdict in moves(before, after)["verdict"] if verdict != "not compared"]
+    return f"{sum(one in ('faster', 'slower') for one in verdicts)} of {len(verdicts)} compared cells named"
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ class Setting:
     linear: bool = False  # Conv1D -> Linear first
 
     @property
-    def storage(self) -> tuple:
-        """How the weights are stored, whatever the device: rows that share it hold the same bytes."""
-        return self.quantisation, self.dtype == "float32", self.double_quant
+    def quantised(self) -> bool:
+        """Whether weights are stored in fewer bits than the dtype's: by a quantiser, or in the checkpoint itself."""
+        return self.quantisation != "none"
 
 
 class Registry(dict):

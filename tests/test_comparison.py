@@ -44,6 +44,11 @@ def test_between_machines_there_is_a_plain_quotient_and_a_verdict_is_on_a_machin
     assert set(frame["Baseline"].iloc[2:]) == {"CPU FP32"} and frame["Baseline"].iloc[:2].isna().all()
 
 
+def test_engines_and_workloads_of_one_setting_are_cells_of_their_own():
+    rows = [row(), row(engine="graph"), row(prompt="another"), row(prompt_length=100), row(depth=100), row(batch_size=2)]
+    assert len(compare_table(rows)) == len(rows)
+
+
 def test_rows_say_why_they_are_empty_that_weights_are_random_and_versions_and_prompts_are_told_apart():
     names = compare_table([row(), row(torch="2.12.0", seconds=(2.0, 2.0))], [row(cpu="Two")])["Machine"]
     assert list(names) == ["One · torch 2.11.0", "One · torch 2.12.0", "Two"]

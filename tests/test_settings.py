@@ -56,7 +56,14 @@ def test_without_a_quantised_engine_dynamic_int8_is_unavailable():
 
 @pytest.mark.parametrize("gpu, cpu", [("gpu-int8", "cpu-int8"), ("gpu-int4", "cpu-int4"), ("gpu-fp32", "cpu-fp32")])
 def test_twins_store_the_same_bytes(gpu, cpu):
-    assert SETTINGS[gpu].storage == SETTINGS[cpu].storage
+    stored = [(row.quantisation, row.dtype == "float32", row.double_quant) for row in (SETTINGS[gpu], SETTINGS[cpu])]
+    assert stored[0] == stored[1]
+
+
+def test_what_is_quantised_is_all_but_the_plain_dtypes():
+    """A checkpoint as it is stored is one of them: it is nobody's unquantised baseline."""
+    assert {key for key, row in SETTINGS.items() if not row.quantised} == {
+        "cpu-fp32", "gpu-fp32", "gpu-fp16", "gpu-bf16", "cpu-bf16"}
 
 
 def test_every_setting_has_a_quantiser_and_a_family_of_colours_without_torch():

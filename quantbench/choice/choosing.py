@@ -187,7 +187,7 @@ def _held(cell: Cell, read: Quality | None, asked: dict) -> tuple[list[str], lis
 
 
 def _quantised(row: Measurement) -> bool:
-    return row.setting not in SETTINGS or QUANTISERS[SETTINGS[row.setting].quantisation].hue is not None
+    return row.setting not in SETTINGS or SETTINGS[row.setting].quantised
 
 
 def _best(sure: list[_Candidate]) -> tuple[_Candidate | None, _Candidate | None]:

@@ -90,4 +90,4 @@ def plot_machines(*runs: Source) -> Figure:
 
 
 def _key(row: Measurement) -> tuple:
-    return row.model, row.setting, *row.key[-4:]
+    return row.model, row.setting, row.engine, *row.work

@@ -11,7 +11,6 @@ from quantbench.conclusions import Findings
 from quantbench.evaluation.scores import Quality
 from quantbench.intervals import Ratio, ratio_of_rounds
 from quantbench.labels import Cell, cells, machine_of
-from quantbench.quantisers import QUANTISERS
 from quantbench.results import Run
 from quantbench.settings import MODELS, SETTINGS
 from quantbench.wording import cut, plain
@@ -35,7 +34,7 @@ class Scored(NamedTuple):
     def of(cls, found: Quality, cell: Cell | None = None) -> Scored:
         row, model = SETTINGS[found.setting] if found.setting in SETTINGS else None, MODELS.get(found.model)
         return cls(found, plain(model.label if model else found.model), plain(found.setting_label), row and row.device,
-                   row is None or QUANTISERS[row.quantisation].hue is not None, found.setting == found.reference, cell)
+                   row is None or row.quantised, found.setting == found.reference, cell)
 
 
 def groups(run: Iterable) -> list[list[Scored]]:
@@ -46,7 +45,7 @@ def groups(run: Iterable) -> list[list[Scored]]:
             together.setdefault((*one.key[:3], *one.key[4:], one.text), []).append(one)
     for group in together.values():
         subjects = [one.subject for one in group]
-        works = {cell: (cell.row.engine == "eager", *cell.row.key[:-5:-1])
+        works = {cell: (cell.row.engine == "eager", *cell.row.work[::-1], cell.row.engine)
                  for cell in cells(run) if cell.measured and cell.row.subject in subjects}
         shared = max(multimode(works.values()), default=None)  # of several: eager, then the longest
         at = {cell.row.subject: cell for cell, work in works.items() if work == shared}
