@@ -1,6 +1,7 @@
 # make bench    measure this machine: notebook 01 headless, rows and charts under results/local/
 # make test     every test
 # make test-models  50 tiny architectures under every CPU setting and engine: once a release
+# make test-llamacpp  the setting cpu-gguf: its first run compiles llama.cpp into the environment (minutes)
 # make notebook open the notebooks in JupyterLab
 # make readme   write README.md, results/README.md and their charts anew from results/published/
 # make test-colab  the notebooks in a replica of Colab's image (Python 3.13; its first run installs 5 GB into build/)
@@ -21,7 +22,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 ADDRESSED := pyproject.toml README.md CONTRIBUTING.md $(wildcard notebooks/*.ipynb)
 
-.PHONY: bench test test-models test-colab test-browser notebook readme address clean
+.PHONY: bench test test-models test-llamacpp test-colab test-browser notebook readme address clean
 
 bench: $(VENV)/ready
 	mkdir -p $(OUT)
@@ -36,6 +37,10 @@ test: $(VENV)/ready
 
 test-models: $(VENV)/ready
 	$(BIN)/pytest -q -n 2 -m models tests/test_models.py
+
+test-llamacpp: $(VENV)/ready
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP) install --no-deps --require-hashes --requirement tests/llamacpp.txt
+	$(BIN)/pytest -q tests/test_llamacpp.py
 
 test-colab:
 	$(PYTHON) tests/colab/replica.py $(PYTHON313) $(NOTEBOOKS)

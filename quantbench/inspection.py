@@ -68,6 +68,7 @@ def _looked_through(model: nn.Module) -> tuple:
             owners[owner] += 1
             classes[module._get_name()] += 1
             sizes["quantised"] += size
+            sizes["unread"] += size if isinstance(module, nn.Embedding) else 0
             details += [found for found in [QUANTISERS[owner].details(module)] if found not in details]
         elif module is head or isinstance(module, nn.Embedding):
             sizes["embedding"] += size

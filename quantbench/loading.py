@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from quantbench import machine, quantisers
 from quantbench.inspection import (
     AuditError, audit, cache_bytes_per_token, check, load_estimate, need_memory, on_meta, quiet)
-from quantbench.settings import Setting, Workload, find_setting
-from quantbench.tokens import StandInTokenizer, read_tokenizer, tokens_of
+from quantbench.settings import Setting, find_setting
+from quantbench.tokens import StandInTokenizer, context_length, read_tokenizer, tokens_of
 from quantbench.weights import Source, check_name, checkpoint, config_of, find
 from quantbench.wording import cut, listed
 
@@ -122,15 +122,16 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
     try:
         config = config_of(source)
         own = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-        if reason := quantisers.find_quantiser(setting.quantisation).why_not_checkpoint(own, setting):
+        way = quantisers.find_quantiser(setting.quantisation)
+        if reason := way.why_not_checkpoint(own, setting, source):
             lm.status, lm.reason = "unavailable", reason
             return lm
         if config is not None:
             need_memory(load_estimate(on_meta(config), setting), machine.free_bytes(setting.device), "its weights")
-        folder = checkpoint(source)
+        folder = checkpoint(source, way.takes_folder)
         config = config or config_of(dataclasses.replace(source, folder=folder, gguf=None))
         shapes = on_meta(config)  # before transformers writes into it
-        _load_timed(lm, folder, config)
+        _load_timed(lm, source, folder, config)
         lm.tokenizer = read_tokenizer(folder, config.get_text_config().vocab_size)
         lm.audit = audit(lm.model, 0)
         lm.weights_bytes = sum(lm.audit["bytes"].values())
@@ -146,42 +147,14 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
     return lm
 
 
-class OverLength(ValueError):
-    """More tokens than a model has positions for."""
-
-
-def check_length(name: str, prompt_tokens: int, workload: Workload, room: int | None) -> None:
-    """Raise OverLength if prompt and new tokens are more than the model has positions for."""
-    if room and workload.depth + prompt_tokens + workload.max_new_tokens > room:
-        cached = f"{workload.depth} cached + " * bool(workload.depth)
-        raise OverLength(f"{cached}{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
-                         f"{room} tokens that {name} has positions for")
-
-
-def check_context(source: Source, workload: Workload) -> None:
-    """Raise OverLength, before anything is loaded, if the workload is over the model's context length."""
-    if (config := config_of(source)) is None:
-        return
-    folder = source.folder or (source.config or {}).get("folder")
-    tokenizer = read_tokenizer(folder and Path(folder), config.get_text_config().vocab_size)
-    prompt = tokens_of(tokenizer, workload.prompt, config, source.name)
-    check_length(source.name, workload.prompt_tokens or len(prompt), workload, context_length(config))
-
-
-def context_length(config: object) -> int | None:
-    """Tokens that a model has positions for, by whichever name its configuration has for them; None: no end is said."""
-    text = config.get_text_config()
-    return next((found for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-                 if isinstance(found := getattr(text, name, None), int) and found > 0), None)
-
-
-def _load_timed(lm: LoadedModel, folder: Path, config: PretrainedConfig) -> None:
+def _load_timed(lm: LoadedModel, source: Source, folder: Path, config: PretrainedConfig) -> None:
     """Fill `lm` with the model, the seconds it took and what it holds."""
     machine.release(lm.device)
     lm.held_before_bytes, lm.device_before_bytes = machine.held_bytes(lm.device), machine.device_bytes()
     has_peak = machine.reset_peak(lm.device)
     start = time.perf_counter()
-    lm.model = _from_folder(folder, config, lm.setting)
+    others = quantisers.find_quantiser(lm.setting.quantisation).read(source, config, context_length(config))
+    lm.model = _greedy(others or _from_folder(folder, config, lm.setting))
     machine.synchronize(lm.device)
     lm.load_s = time.perf_counter() - start
     lm.held_after_bytes = machine.held_bytes(lm.device)
@@ -201,10 +174,14 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
         if setting.linear:
             conv1d_to_linear(model)
         way.apply(model, setting)
+    return model
+
+
+def _greedy(model: nn.Module) -> nn.Module:
+    """Ready to generate, without the checkpoint's own sampling and penalties: they would change what is timed."""
     model.eval().requires_grad_(False)
     stop, words = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
     stop = [one for one in (stop if isinstance(stop, list) else [stop]) if one is not None and 0 <= one < words] or None
-    # the checkpoint's own sampling and repetition penalties would change what is timed
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[0] if stop else 0, do_sample=False)
     return model
 

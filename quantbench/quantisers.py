@@ -18,6 +18,9 @@ from quantbench.settings import Registry, Setting
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PretrainedConfig
+
+    from quantbench.weights import Source
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 
@@ -33,6 +36,8 @@ class Quantiser:
     starts_on: str | None = None  # the device that the weights are read to; None: the setting's
     takes_head = False  # the output head is quantised too
     stepwise = False  # a token's logits depend on what else is in the pass
+    takes_folder = True  # of weights as safetensors
+    traced = True  # torch's profiler sees what it computes
     rounding: float | None = None  # the step in which activations are rounded, of the largest; None: the dtype's
     kernels: re.Pattern | None = None  # of its products, in a trace
     compile_options: Mapping = MappingProxyType({})  # of torch.compile's, that its step needs
@@ -51,7 +56,7 @@ class Quantiser:
         """Why its decode step cannot be captured; None when it can."""
         return None
 
-    def why_not_checkpoint(self, own: object, setting: Setting) -> str | None:
+    def why_not_checkpoint(self, own: object, setting: Setting, source: Source) -> str | None:
         """Why a checkpoint whose configuration has this quantisation (None: none) cannot be loaded here; None when it
         can. Raises ValueError for one that needs another setting."""
         if own:
@@ -66,6 +71,10 @@ class Quantiser:
 
     def apply(self, model: nn.Module, setting: Setting) -> None:
         """Quantise a loaded model in place, for those that quantise afterwards."""
+
+    def read(self, source: Source, config: PretrainedConfig, room: int | None) -> nn.Module | None:
+        """A model that others than transformers run, for up to `room` tokens; None: transformers does."""
+        return None
 
     def owns(self, module: nn.Module) -> bool:
         """Whether this module's weight is stored quantised by this way."""
@@ -204,6 +213,7 @@ QUANTISERS = Registry("quantiser", {
     "torchao-int4": "quantbench.methods.torchao:INT4",
     "torchao-int4-g64": "quantbench.methods.torchao:INT4_64",
     "torchao-fp8": "quantbench.methods.torchao:FP8",
+    "gguf": "quantbench.methods.gguf:GGUF",
     "stored": "quantbench.methods.stored:STORED",  # last: it owns what no other does
 })
 find_quantiser = QUANTISERS.find

@@ -81,7 +81,8 @@ SETTINGS = Registry("setting", {row.key: row for row in (
     Setting("gpu-int4-torchao", "GPU INT4 torchao", "cuda", "bfloat16", "torchao-int4", linear=True),
     Setting("gpu-int4-torchao-g64", "GPU INT4 torchao g64", "cuda", "bfloat16", "torchao-int4-g64", linear=True),
     Setting("gpu-fp8-torchao", "GPU FP8 torchao", "cuda", "bfloat16", "torchao-fp8", linear=True),
-    # a checkpoint that is quantised itself, as it is
+    # a GGUF file by llama.cpp, and a checkpoint that is quantised itself, as it is
+    Setting("cpu-gguf", "CPU GGUF llama.cpp", "cpu", "float32", "gguf"),
     Setting("gpu-stored", "GPU as stored", "cuda", "auto", "stored"),
     Setting("cpu-stored", "CPU as stored", "cpu", "auto", "stored"))})
 find_setting = SETTINGS.find
@@ -117,7 +118,7 @@ MODELS: dict[str, Model] = {row.key: row for row in (
 def more_settings(facts: dict) -> tuple[str, ...]:
     """What to measure besides the published four: without a GPU, the CPU's own; with one, nothing that is not asked."""
     cpu = (key for key, row in SETTINGS.items() if row.device == "cpu" and key not in EXPERIMENT
-           and row.quantisation != "stored")
+           and row.quantisation not in ("gguf", "stored"))
     return () if facts.get("gpu") else tuple(cpu)
 
 

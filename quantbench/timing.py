@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 from quantbench import machine
 from quantbench.decode import Unavailable, find_engine, inputs_of
 from quantbench.inspection import need_memory
-from quantbench.loading import LoadedModel, check_length
+from quantbench.loading import LoadedModel
 from quantbench.records import Measurement
 from quantbench.settings import PROMPT, Workload
+from quantbench.tokens import check_length
 
 REPEATS = (3, 10)  # at least, at most
 CLOSE_ENOUGH = 0.03  # stop repeating when half the range is within this share of the median

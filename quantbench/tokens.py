@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, whatever it is, or a stand-in where there is none."""
+"""A checkpoint's tokenizer, whatever it is, or a stand-in where there is none; and whether a workload fits a model."""
 
 import re
 import zlib
@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig
 
 from quantbench.inspection import quiet
-from quantbench.weights import VOCABULARIES, files_of
+from quantbench.settings import Workload
+from quantbench.weights import VOCABULARIES, Source, config_of, files_of
 from quantbench.wording import cut
 
 FEW_WORDS = 100  # a tokenizer that has no vocabulary file and fewer tokens than this has special tokens alone
@@ -38,6 +39,35 @@ def tokens_of(tokenizer: object, prompt: str, config: PretrainedConfig, name: st
         said = f"token {max(ids)}, and the model has {words}" if ids else "no tokens"
         raise ValueError(f"{name}: its tokenizer makes {said} of the prompt {cut(prompt, 40)!r}")
     return ids
+
+
+class OverLength(ValueError):
+    """More tokens than a model has positions for."""
+
+
+def check_length(name: str, prompt_tokens: int, workload: Workload, room: int | None) -> None:
+    """Raise OverLength if prompt and new tokens are more than the model has positions for."""
+    if room and workload.depth + prompt_tokens + workload.max_new_tokens > room:
+        cached = f"{workload.depth} cached + " * bool(workload.depth)
+        raise OverLength(f"{cached}{prompt_tokens} prompt tokens + {workload.max_new_tokens} new ones are over the "
+                         f"{room} tokens that {name} has positions for")
+
+
+def check_context(source: Source, workload: Workload) -> None:
+    """Raise OverLength, before anything is loaded, if the workload is over the model's context length."""
+    if (config := config_of(source)) is None:
+        return
+    folder = source.folder or (source.config or {}).get("folder")
+    tokenizer = read_tokenizer(folder and Path(folder), config.get_text_config().vocab_size)
+    prompt = tokens_of(tokenizer, workload.prompt, config, source.name)
+    check_length(source.name, workload.prompt_tokens or len(prompt), workload, context_length(config))
+
+
+def context_length(config: object) -> int | None:
+    """Tokens that a model has positions for, by whichever name its configuration has for them; None: no end is said."""
+    text = config.get_text_config()
+    return next((found for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+                 if isinstance(found := getattr(text, name, None), int) and found > 0), None)
 
 
 class StandInTokenizer:

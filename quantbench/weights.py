@@ -46,16 +46,16 @@ class NoHub(OSError):
 
 
 def check_name(model: str | os.PathLike, weights: str | None = None) -> str:
-    """The name of a model as rows have it: a row of MODELS, a Hub id (owner/name), or a folder: a Path, or a text that
-    begins with ".", "~" or "/", so that a folder which happens to lie here is never taken for a Hub id. Raises
-    ValueError, before any long work, for what is none of them, and for unknown weights."""
+    """The name of a model as rows have it: a row of MODELS, a Hub id (owner/name), or a folder or GGUF file: a Path, or
+    a text that begins with ".", "~" or "/", so that a folder which happens to lie here is never taken for a Hub id.
+    Raises ValueError, before any long work, for what is none of them, and for unknown weights."""
     if weights not in (None, *WEIGHTS):
         raise ValueError(unknown("weights", weights, WEIGHTS))
     name = os.fspath(model)
     if isinstance(model, os.PathLike) and not _is_folder(name):
         name = os.path.join(".", name)
-    if _is_folder(name) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"there is no folder {name!r}")
+    if _is_folder(name) and not Path(name).expanduser().is_dir() and not _gguf(name):
+        raise ValueError(f"there is no {'file' if name.endswith('.gguf') else 'folder'} {name!r}")
     if not _is_folder(name) and name not in MODELS and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         more = " A Hub id (owner/name) or a local folder works too"
         raise ValueError(unknown("model", name, MODELS) + more + _here(name))
@@ -70,6 +70,8 @@ def find(model: str | os.PathLike, weights: str | None = None) -> Source:
     of MODELS has random ones instead, where the Hub cannot be reached: a warning says why.
     """
     name = check_name(model, weights)
+    if file := _gguf(name):
+        return importlib.import_module(FOLDERS).of_gguf(name, file, weights)
     if _is_folder(name):
         return importlib.import_module(FOLDERS).in_folder(name, Path(name).expanduser(), weights)
     row = MODELS.get(name)
@@ -95,11 +97,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QUANTBENCH_CACHE") or Path.home() / ".cache" / "quantbench")
 
 
-def checkpoint(source: Source) -> Path:
-    """The folder with the safetensors of `source`; random and GGUF weights are made into one once, and kept. Raises
-    ValueError for a file that is missing or damaged."""
-    folder = source.folder or importlib.import_module(MAKER).made(source)
-    if wrong := importlib.import_module(FOLDERS).damage(folder):
+def checkpoint(source: Source, weights: bool = True) -> Path:
+    """The folder with the safetensors of `source`, or without `weights` its configuration and tokenizer; random and
+    GGUF weights are made into one once, and kept. Raises ValueError for a file that is missing or damaged."""
+    folder = source.folder or importlib.import_module(MAKER).made(source, weights)
+    if weights and (wrong := importlib.import_module(FOLDERS).damage(folder)):
         raise ValueError(f"{source.name}: {wrong}")
     return folder
 
@@ -132,10 +134,10 @@ def config_of(source: Source) -> PretrainedConfig | None:
 def config_for(model: str | os.PathLike) -> PretrainedConfig:
     """A model's configuration, its own quantisation with it: of what the Hub holds nothing else is downloaded. Raises
     ValueError as `find` and `config_of` do."""
-    row = MODELS.get(check_name(model))
-    if row and row.bundled and _bundled_gguf(row.bundled):
+    row = MODELS.get(name := check_name(model))
+    if _gguf(name) or row and row.bundled and _bundled_gguf(row.bundled):
         source = find(model)
-        folder = checkpoint(source)
+        folder = checkpoint(source, weights=False)
     else:
         source = find(model, "random")
         folder = (source.config or {}).get("folder")
@@ -162,6 +164,11 @@ def hub_answers() -> bool:
 
 def _is_folder(name: str) -> bool:
     return name.startswith((".", "~")) or os.path.isabs(name)
+
+
+def _gguf(name: str) -> Path | None:
+    file = Path(name).expanduser()
+    return file if _is_folder(name) and file.suffix == ".gguf" and file.is_file() else None
 
 
 def _here(name: str) -> str:

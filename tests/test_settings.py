@@ -22,7 +22,7 @@ def test_the_keys_are_fixed_and_the_published_come_first():
         "cpu-fp32", "gpu-fp16", "gpu-int8", "gpu-int4", "gpu-fp32", "gpu-bf16", "gpu-int8-nosplit", "gpu-int4-dq",
         "gpu-int4-fp4", "cpu-bf16", "cpu-int8", "cpu-int4", "cpu-int8-dynamic", "cpu-int8-weights",
         "cpu-int4-weights", "gpu-int8-torchao", "gpu-int4-torchao", "gpu-int4-torchao-g64", "gpu-fp8-torchao",
-        "gpu-stored", "cpu-stored"]
+        "cpu-gguf", "gpu-stored", "cpu-stored"]
     assert EXPERIMENT == ("cpu-fp32", "gpu-fp16", "gpu-int8", "gpu-int4")
 
 
@@ -34,11 +34,11 @@ def test_a_t4_gets_float16_everywhere_and_no_bfloat16():
 
 
 def test_capability_8_runs_everything():
-    assert not any(why_not(row, A100) for row in SETTINGS.values() if "torchao" not in row.key)
+    assert not any(why_not(row, A100) for row in SETTINGS.values() if not {"torchao", "gguf"} & {*row.key.split("-")})
 
 
 def test_without_a_gpu_the_cpu_settings_remain():
-    assert {key for key, row in SETTINGS.items() if not why_not(row, NO_GPU)} == {
+    assert {key for key, row in SETTINGS.items() if not why_not(row, NO_GPU)} - {"cpu-gguf"} == {
         "cpu-fp32", "cpu-stored", *more_settings(NO_GPU)}
     assert more_settings(T4) == ()
 

@@ -12,10 +12,10 @@ import torch
 
 from quantbench import machine
 from quantbench.inspection import audit, cache_bytes_per_token, load_estimate, on_meta, weights_estimate
-from quantbench.loading import context_length
 from quantbench.quantisers import ITEMSIZE, find_quantiser, why_not
 from quantbench.results import Run
 from quantbench.settings import SETTINGS, Setting, unknown
+from quantbench.tokens import context_length
 from quantbench.weights import check_name, config_for
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def estimates(model: str | os.PathLike, on: str | dict | None = None, run: Run |
     except RuntimeError:
         cache = math.nan
     for row in SETTINGS.values():
-        if (row.quantisation == "stored") != bool(own) or (on is not None and row.device == "cpu"):
+        if (row.quantisation == "stored") != bool(own) or row.quantisation == "gguf" or on and row.device == "cpu":
             continue
         size, weights, space = ITEMSIZE[row.dtype], weights_estimate(shapes, row), free.get(row.device, math.nan)
         # what is quantised takes the same in any dtype: the difference of two is what is not

@@ -12,21 +12,23 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quantbench.inspection import need_memory, on_meta, quiet, weights_estimate
 from quantbench.machine import free_bytes
 from quantbench.making.folders import damage
 from quantbench.settings import SETTINGS
 from quantbench.weights import SEED, Source, cache_folder, config_of, files_of, recipe
+from quantbench.wording import cut
 
 UNFINISHED = "making-"  # then the host and the process that makes it
 
 
-def made(source: Source) -> Path:
-    """The folder with the safetensors of a source that is a recipe. Raises MemoryError where making it needs more."""
-    folder = _kept_at(source)
-    if (folder / "config.json").is_file() and damage(folder):
+def made(source: Source, weights: bool = True) -> Path:
+    """The folder with the safetensors of a source that is a recipe, or without `weights` what a GGUF file says beside
+    them. Raises MemoryError where making it needs more, ValueError for a GGUF file that transformers does not read."""
+    folder = _kept_at(source, "" if weights else "-no-weights")
+    if weights and (folder / "config.json").is_file() and damage(folder):
         shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "config.json").is_file():
         if source.gguf is None:
@@ -37,17 +39,18 @@ def made(source: Source) -> Path:
         prefix = f"{UNFINISHED}{platform.node()}-{os.getpid()}-"
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as aside, quiet():
             whole = Path(aside) / "checkpoint"
-            (_write_random if source.gguf is None else _write_from_gguf)(source, whole)
+            _write_random(source, whole) if source.gguf is None else _write_from_gguf(source, whole, weights)
             with contextlib.suppress(OSError):  # another process was faster: its folder is as good
                 whole.rename(folder)
     return folder
 
 
-def _kept_at(source: Source) -> Path:
+def _kept_at(source: Source, kind: str) -> Path:
     digest = hashlib.sha256(json.dumps(recipe(source), sort_keys=True).encode())
     for file in _tokenizer_files(source):
         digest.update(file.name.encode() + file.read_bytes())
-    return cache_folder() / f"{Path(source.name).name}-{source.revision}-{digest.hexdigest()[:12]}".replace(" ", "-")
+    name = f"{Path(source.name).name}-{source.revision}-{digest.hexdigest()[:12]}{kind}"
+    return cache_folder() / name.replace(" ", "-")
 
 
 def _remove_unfinished() -> None:
@@ -72,10 +75,15 @@ def _write_random(source: Source, folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-def _write_from_gguf(source: Source, folder: Path) -> None:
+def _write_from_gguf(source: Source, folder: Path, weights: bool) -> None:
     where = {"pretrained_model_name_or_path": source.gguf.parent, "gguf_file": source.gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
-    model.hf_quantizer = None  # the weights are plain float32 by now, and may be saved
-    vars(model.config).pop("quantization_config", None)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(folder)
+    try:
+        if weights:
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
+            model.hf_quantizer = None  # the weights are plain float32 by now, and may be saved
+            vars(model.config).pop("quantization_config", None)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        (model if weights else AutoConfig.from_pretrained(**where, trust_remote_code=False)).save_pretrained(folder)
+    except Exception as error:  # of several libraries
+        raise ValueError(f"{source.name}: {source.gguf.name} is not read by transformers: {cut(error, 200)}") from None
+    tokenizer.save_pretrained(folder)

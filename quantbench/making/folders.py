@@ -28,6 +28,13 @@ def in_folder(name: str, folder: Path, weights: str | None) -> Source:
     raise ValueError(no_weights(f"the folder {name!r}", others))
 
 
+def of_gguf(name: str, file: Path, weights: str | None) -> Source:
+    """The source of a GGUF file. Raises ValueError where others than its own weights are asked for."""
+    if weights not in (None, "pretrained"):
+        raise ValueError(f"{name!r} has weights of its own, not {weights} ones")
+    return Source(name, "pretrained", _digest([file]), gguf=file)
+
+
 def no_weights(where: str, others: list[Path]) -> str:
     found = f", only {others[0].name}" if others else ""
     return f"{where} holds no {ONE_FILE}{found}: pickled weights are never loaded"
@@ -56,10 +63,15 @@ def damage(folder: Path) -> str | None:
 
 
 def revision(folder: Path) -> str:
-    """Of configuration, tokenizer and weights, and whether there is a tokenizer. Of a large file its size, its time and
-    samples throughout, since reading gigabytes would take longer than loading them."""
+    """Of configuration, tokenizer and weights, and whether there is a tokenizer."""
+    own = files_of(folder, ("*.json", "*.safetensors", *TOKENIZERS))
+    return _digest(own) + ("" if files_of(folder) else ", no tokenizer")
+
+
+def _digest(files: list[Path]) -> str:
+    """Of a large file its size, its time and samples throughout: reading gigabytes would take longer than a load."""
     digest = hashlib.sha256()
-    for file in files_of(folder, ("*.json", "*.safetensors", *TOKENIZERS)):
+    for file in files:
         facts, step = file.stat(), SAMPLE
         digest.update(f"{file.name} {facts.st_size}".encode())
         if facts.st_size > 256 * SAMPLE:
@@ -69,4 +81,4 @@ def revision(folder: Path) -> str:
             for place in range(0, facts.st_size, step):
                 content.seek(place)
                 digest.update(content.read(SAMPLE))
-    return f"files {digest.hexdigest()[:12]}" + ("" if files_of(folder) else ", no tokenizer")
+    return f"files {digest.hexdigest()[:12]}"

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from quantbench.weights import Source
+
 
 class Stored(Quantiser):
     """Whatever transformers reads; how it is stored is found in the modules, not promised. The audit names the way that
     another entry knows (bitsandbytes), and "stored" for others."""
 
-    def why_not_checkpoint(self, own: object, setting: Setting) -> str | None:
+    def why_not_checkpoint(self, own: object, setting: Setting, source: Source) -> str | None:
         from transformers.quantizers import AutoHfQuantizer
 
         if not own:

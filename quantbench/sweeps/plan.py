@@ -12,9 +12,11 @@ from itertools import groupby
 from quantbench import machine
 from quantbench.decode import find_engine
 from quantbench.intervals import LEAST
-from quantbench.loading import OverLength, check_context, why_not
+from quantbench.loading import why_not
+from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
 from quantbench.settings import BASELINES, SETTINGS, Setting, Workload, find_setting
+from quantbench.tokens import OverLength, check_context
 from quantbench.weights import Source, check_name, find
 
 
@@ -106,7 +108,8 @@ def _lacks(cell: Cell, known: dict[tuple, Measurement], retry: bool, trace: bool
     row, rounds = known.get(cell.key), cell.workload.repeats or LEAST
     if row is None or row.status != "ok":
         return rounds if row is None or retry else 0
-    return max(rounds - len(row.rounds), int(trace and row.trace is None))
+    untraced = trace and row.trace is None and find_quantiser(cell.setting.quantisation).traced
+    return max(rounds - len(row.rounds), int(untraced))
 
 
 def many(value: object) -> list:

@@ -39,7 +39,7 @@ def trace(lm: LoadedModel, row: Measurement) -> Measurement:
     operators on a CPU. `kinds` divides it into "products" with weights, "quantised" ones by the quantiser's own
     kernels, "attention", "quantisation" outside a product, and "other". `kernels` counts kernels, or operators.
     """
-    if row.status != "ok":
+    if row.status != "ok" or not find_quantiser(lm.setting.quantisation).traced:
         return row
     asked = Workload(row.prompt, row.max_new_tokens, row.batch_size, prompt_tokens=row.prompt_length, depth=row.depth)
     engine = find_engine(row.engine)(lm, inputs_of(lm, asked), row.max_new_tokens, row.depth)
