@@ -87,6 +87,7 @@ SETTINGS = Registry("setting", {row.key: row for row in (
     Setting("cpu-stored", "CPU as stored", "cpu", "auto", "stored"))})
 find_setting = SETTINGS.find
 EXPERIMENT: tuple[str, ...] = tuple(SETTINGS)[:4]  # the published one's settings
+FILES_OWN = ("gguf", "stored")  # ways that a checkpoint brings, or has not
 BASELINES = ("gpu-fp16", "cpu-fp32")  # ratios are to the first that was measured
 
 
@@ -118,7 +119,7 @@ MODELS: dict[str, Model] = {row.key: row for row in (
 def more_settings(facts: dict) -> tuple[str, ...]:
     """What to measure besides the published four: without a GPU, the CPU's own; with one, nothing that is not asked."""
     cpu = (key for key, row in SETTINGS.items() if row.device == "cpu" and key not in EXPERIMENT
-           and row.quantisation not in ("gguf", "stored"))
+           and row.quantisation not in FILES_OWN)
     return () if facts.get("gpu") else tuple(cpu)
 
 

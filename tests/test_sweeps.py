@@ -20,8 +20,11 @@ import pytest
 
 import quantbench as qb
 from quantbench import machine
+from quantbench.loading import why_not
+from quantbench.settings import Workload
 from quantbench.sweeps import rounds, workers
 from quantbench.sweeps.child import Desk
+from quantbench.sweeps.plan import plan
 from tests.conftest import Bar, children, eldest
 
 BOTH = ["cpu-fp32", "cpu-int4"]
@@ -43,6 +46,12 @@ def test_every_cell_of_a_workload_has_the_same_rounds_and_a_model_is_loaded_once
         assert max(one.sampled_at[0], other.sampled_at[0]) < min(one.sampled_at[1], other.sampled_at[1])
     assert not set(rows[0].rounds) & set(rows[2].rounds)
     assert {r.setting: r.load_s for r in rows[:2]} == {r.setting: r.load_s for r in rows[2:]}
+
+
+def test_all_settings_are_those_that_this_machine_can_run(tiny_llama):
+    here = {cell.setting.key for cell in plan(tiny_llama, "all", "eager", [Workload(max_new_tokens=2)], None)}
+    assert here == {key for key, row in qb.SETTINGS.items() if not why_not(row)} - {"cpu-gguf", "cpu-stored", "gpu-stored"}
+    assert "cpu-fp32" in here
 
 
 def test_without_repeats_there_are_six_rounds_at_least_and_thirty_at_most(tiny_llama):

@@ -15,7 +15,7 @@ from quantbench.intervals import LEAST
 from quantbench.loading import why_not
 from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
-from quantbench.settings import BASELINES, SETTINGS, Setting, Workload, find_setting
+from quantbench.settings import BASELINES, FILES_OWN, SETTINGS, Setting, Workload, find_setting
 from quantbench.tokens import OverLength, check_context
 from quantbench.weights import Source, check_name, find
 
@@ -66,6 +66,8 @@ def plan(models: object, settings: object, engines: object, workloads: list[Work
     """Every cell once, in groups of one model and workload: what is compared stands together. Raises ValueError for a
     mistake in an argument, before anything is loaded."""
     names, engines = dict.fromkeys(check_name(one, weights) for one in many(models)), dict.fromkeys(many(engines))
+    if settings == "all":
+        settings = [key for key, row in SETTINGS.items() if row.quantisation not in FILES_OWN and not why_not(row)]
     reasons = {row: why_not(row) for row in map(find_setting, many(settings))}
     for engine in engines:
         find_engine(engine)

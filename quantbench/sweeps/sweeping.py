@@ -25,8 +25,8 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
           engine: str | Iterable[str] = "eager", trace: bool = False, weights: str | None = None,
           run: Run | None = None, executor: object = None, timeout_s: float = 900.0, retry: bool = False,
           stop: threading.Event | None = None, progress: bool | std_tqdm = True) -> Iterator[Measurement]:
-    """Measure every model under every setting, engine, length, batch size, `prompt_tokens` and `depth` (see
-    `Workload`), in rounds; yield each measurement.
+    """Measure every model under every setting ("all": that this machine can run), engine, length, batch size,
+    `prompt_tokens` and `depth` (see `Workload`), in rounds; yield each measurement.
 
     All settings and engines of a model and workload take one sample each per round, in random order, each in a process
     of its own that stays loaded (models that do not fit together are loaded in turn): their ratios are of the same
