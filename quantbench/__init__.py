@@ -23,6 +23,7 @@ _HOME = {  # module -> its public names; none has the name of a module
     "saving": ("save",),
     "sweeps.sweeping": ("sweep",),
     "evaluation.passes": ("quality", "reference"),
+    "evaluation.batches": ("batch_effect",),
     "evaluation.scores": ("Quality",),
     "evaluation.judging": ("quality_findings",),
     "evaluation.showing": ("quality_table", "show_quality", "plot_quality", "continuations"),
