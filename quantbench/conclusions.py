@@ -70,7 +70,7 @@ def findings(run: Iterable[Measurement]) -> Findings:
         mine = [cell for cell in named if cell.title == model]
         measured = [cell for cell in mine if cell.measured]
         in_rounds = [cell for cell in measured if cell.row.rounds] or measured
-        many = Counter((cell.row.max_new_tokens, cell.row.batch_size, cell.workload) for cell in in_rounds)
+        many = Counter((cell.row.cache == "default", *cell.row.work[:-3:-1], cell.workload) for cell in in_rounds)
         main = max(many, key=lambda work: (many[work], work), default=("",))[-1]
         group = [cell for cell in measured if cell.workload == main]
         for sentence in (_speed(group), _memory(group), _caveats(mine)):

@@ -1,14 +1,19 @@
 """Who makes the tokens: an engine generates greedily from one prompt, as often and as far as it is asked."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
+from transformers import Cache, PretrainedConfig, QuantizedCache, StaticCache
+from transformers.utils import is_hqq_available
 
+from quantbench import machine
 from quantbench.loading import LoadedModel
-from quantbench.settings import Registry, Workload
+from quantbench.settings import CACHES, Registry, Workload
+from quantbench.wording import cut
 
 TEXT = Path(__file__).parent / "data" / "evaluation.txt"  # what long prompts are made of
 
@@ -18,7 +23,8 @@ class Unavailable(RuntimeError):
 
 
 class Engine(Protocol):
-    """What an entry of `ENGINES` is: a class, made for one model and prompt."""
+    """What an entry of `ENGINES` is: a class, made for one model and prompt. `caches` are those of CACHES that it runs
+    with, where not "default" alone; `cache`, where it shows one, is what the last generation filled."""
 
     @staticmethod
     def why_not(lm: LoadedModel) -> str | None:
@@ -39,25 +45,33 @@ class Engine(Protocol):
 
 
 class Eager:
-    """transformers' generate as it is: the published method, and what every other engine's text is held against."""
+    """transformers' generate as it is: the published method, and what every other engine's text is held against. With a
+    static cache too nothing is compiled: that is another engine."""
+
+    caches = tuple(CACHES)
 
     @staticmethod
     def why_not(lm: LoadedModel) -> str | None:
         return None
 
     def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, depth: int = 0) -> None:
-        self.model, self.inputs, self.filled = lm.model, inputs, None
+        self.model, self.filled = lm.model, inputs.get("past_key_values")
+        self.inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if depth:
             with torch.no_grad():
-                self.filled = lm.model(input_ids=inputs["input_ids"][:, :depth], use_cache=True).past_key_values
+                self.filled = lm.model(input_ids=inputs["input_ids"][:, :depth], past_key_values=self.filled,
+                                       use_cache=True).get("past_key_values")
+            if self.filled is None:  # states of its own: Mamba
+                raise Unavailable(f"{type(lm.model).__name__} gives no KV cache to go on from: depth 0 alone")
 
     def rewind(self) -> None:
         if self.filled is not None:
-            self.inputs.pop("past_key_values", None)  # never two copies at a time
-            self.inputs["past_key_values"] = copy.deepcopy(self.filled)
+            self.cache = self.inputs["past_key_values"] = None  # never two copies at a time
+            self.cache = self.inputs["past_key_values"] = copy.deepcopy(self.filled)
 
     def __call__(self, new: int) -> torch.Tensor:
-        return self.model.generate(**self.inputs, min_new_tokens=new, max_new_tokens=new, do_sample=False)
+        return self.model.generate(**self.inputs, min_new_tokens=new, max_new_tokens=new, do_sample=False,
+                                   disable_compile=True)
 
     def differs(self, output: torch.Tensor) -> tuple[str | None, bool]:
         return None, False
@@ -69,22 +83,54 @@ find_engine = ENGINES.find
 
 
 def inputs_of(lm: LoadedModel, workload: Workload) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` of a workload on the device, each [batch, depth + prompt tokens]."""
+    """`input_ids` and `attention_mask` of a workload on the device, each [batch, depth + prompt tokens], and its cache,
+    empty, as `past_key_values`."""
     ids = lm.encode(workload.prompt)["input_ids"]
     if wanted := workload.depth + (workload.prompt_tokens or 0):
         text = lm.encode(TEXT.read_text(encoding="utf-8"))["input_ids"]
         long = text.repeat(1, -(-wanted // text.shape[1]))[:, :wanted]
         ids = long if workload.prompt_tokens else torch.cat([long, ids], dim=1)
     ids = ids.repeat(workload.batch_size, 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    cache = new_cache(workload.cache, lm.model.config, ids.shape[1] + workload.max_new_tokens - 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
 
 
-def stepwise_logits(model: nn.Module, ids: torch.Tensor, scored: int) -> torch.Tensor:
+def new_cache(name: str, config: PretrainedConfig, tokens: int) -> Cache | None:
+    """An empty cache of CACHES for `tokens` tokens of each sequence; None for "default": the model makes its own.
+
+    A quantised one is hqq's, along a token's heads (axis 1, as transformers advises for it), in groups of 32: it packs
+    two into one. What is read first, and then every 128 tokens, is quantised; those in between are as they are."""
+    if (bits := CACHES[name]) is None:
+        return None if name == "default" else StaticCache(config=config, max_cache_len=tokens)
+    text = config.get_text_config(decoder=True)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return QuantizedCache("hqq", config, nbits=bits, axis_key=1, axis_value=1, q_group_size=math.gcd(32, head))
+
+
+def why_no_cache(name: str, model: nn.Module) -> str | None:
+    """Why a model cannot generate with a cache of CACHES, in a sentence; None where it keeps three tokens in one."""
+    if name == "default":
+        return None
+    if CACHES[name] and not is_hqq_available():
+        return "a quantised cache needs hqq: pip install quantbench[cache]"
+    try:  # what says that it can may be unable to: Falcon with ALiBi
+        cache, ids = new_cache(name, model.config, 64), torch.zeros(1, 3, dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            for some in ids.split([1, 2], dim=1):
+                model(input_ids=some, past_key_values=cache, use_cache=True)
+        return None if int(cache.get_seq_length()) == 3 else f"the model keeps nothing in a {name} cache"
+    except Exception as error:  # each model's own code may raise anything
+        if machine.out_of_memory(error) is not None:
+            raise
+        return f"transformers cannot run it with a {name} cache: {cut(error, 80)}"
+
+
+def stepwise_logits(model: nn.Module, ids: torch.Tensor, scored: int, cache: str = "default") -> torch.Tensor:
     """The logits [batch, scored, vocabulary] that predict the last `scored` tokens of `ids` [batch, tokens], taken as
-    generation takes them: what comes before in one pass, these one by one with a KV cache."""
-    cache, logits = None, []
+    generation takes them: what comes before in one pass, these one by one with a KV cache, of CACHES."""
+    held, logits = new_cache(cache, model.config, ids.shape[1]), []
     for part in (ids[:, :-scored], *ids[:, -scored:-1].split(1, dim=1)):
-        step = model(input_ids=part, past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+        step = model(input_ids=part, past_key_values=held, use_cache=True)
+        held = step.past_key_values
         logits.append(step.logits[:, -1:])
     return torch.cat(logits, dim=1)

@@ -170,8 +170,13 @@ def cache_bytes_per_token(model: nn.Module, itemsize: int) -> int:
     held = []
     for tokens in LOOK:
         out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True)
-        held.append(sum(one.numel() for one in set(_cached(out.get("past_key_values"))) if one.dim() > 1))
-    return int((held[1] - held[0]) * getattr(model, "stands_for", 1)) * itemsize
+        held.append(held_in(out.get("past_key_values"), itemsize))
+    return int((held[1] - held[0]) // itemsize * getattr(model, "stands_for", 1)) * itemsize
+
+
+def held_in(cache: object, itemsize: int = 0) -> int:
+    """Bytes of every tensor inside a cache, counters apart: of its own dtype, or of `itemsize` bytes a value."""
+    return sum(one.numel() * (itemsize or one.itemsize) for one in set(_cached(cache)) if one.dim() > 1)
 
 
 def need_memory(needed: int, free: int, what: str) -> None:

@@ -63,6 +63,7 @@ def cells(run: Iterable[Measurement]) -> list[Cell]:
         work = f"{row.max_new_tokens} tokens" + f", batch {row.batch_size}" * (row.batch_size != 1)
         work += f", prompt of {row.prompt_length}" * bool(row.prompt_length) + f", depth {row.depth}" * bool(row.depth)
         work += f", prompt {prompts.index(row.prompt) + 1} “{cut(row.prompt, 20)}”" * (len(prompts) > 1)
+        work += f", {row.cache} cache" * (row.cache != "default")
         model = MODELS[row.model].label if row.model in MODELS else plain(row.model)
         named.append(Cell(row, model, plain(setting), work, row.weights == "random" or row.model in random))
     titles = list(dict.fromkeys(cell.title for cell in named))

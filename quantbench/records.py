@@ -97,6 +97,7 @@ class Measurement(Subject):
     prompt_length: Whole | None = None  # asked for: the prompt is so many tokens of a bundled text
     prompt_tokens: Count | None = None  # that were read
     depth: Count = 0  # tokens in the KV cache before the timed part
+    cache: Name = "default"  # what holds keys and values
     batch_size: Whole = 1
     new_tokens: Whole | None = None
     status: Literal[STATUSES] = "ok"
@@ -117,6 +118,7 @@ class Measurement(Subject):
     vram_reserved_bytes: int | None = None
     vram_device_bytes: int | None = None
     ram_peak_bytes: int | None = None
+    cache_bytes: Count | None = None  # after a generation; where generate made and dropped the cache, by the audit
     audit: Audit | None = None
     conditions: Conditions | None = None  # clocks, temperature, load, before and after the timed region
     trace: Trace | None = None  # where the time of one traced generation went
@@ -136,7 +138,7 @@ class Measurement(Subject):
     @property
     def work(self) -> tuple:
         """The workload: what rows that are compared share."""
-        return self.prompt, self.prompt_length or 0, self.depth, self.batch_size, self.max_new_tokens
+        return self.prompt, self.cache, self.prompt_length or 0, self.depth, self.batch_size, self.max_new_tokens
 
     @property
     def cell(self) -> tuple:
@@ -176,6 +178,9 @@ class Measurement(Subject):
     vram_gb = Figure("VRAM (GB)", lambda row: row.vram_peak_bytes and row.vram_peak_bytes / 1e9, 3)
     ram_peak_gb = Figure("RAM peak (GB)", lambda row: row.ram_peak_bytes and row.ram_peak_bytes / 1e9, 3)
     weights_gb = Figure("Weights (GB)", lambda row: row.weights_bytes and row.weights_bytes / 1e9, 3)
+    # over the tokens that were read: the last one never is
+    cache_per_token = Figure("Cache (bytes/token)", lambda row: row.cache_bytes and row.cache_bytes / (
+        row.batch_size * (row.depth + (row.prompt_tokens or 0) + (row.new_tokens or row.max_new_tokens) - 1) or 1))
 
     @figure("Step (ms)")
     def step_ms(self) -> float | None:
@@ -210,7 +215,8 @@ class Measurement(Subject):
         """The row as a person reads it: label -> text."""
         row = {"Model": self.model, "Setting": self.setting_label + f" · {self.engine}" * (self.engine != "eager"),
                "Max New Tokens": self.max_new_tokens, "Batch": self.batch_size if self.batch_size > 1 else None,
-               "Prompt": self.prompt_length, "Depth": self.depth or None}
+               "Prompt": self.prompt_length, "Depth": self.depth or None,
+               "Cache": None if self.cache == "default" else self.cache}
         if self.status != "ok":
             row |= {"Status": self.status, "Reason": plain(self.reason or "")[:200]}
             return {label: str(value) for label, value in row.items() if value is not None}

@@ -89,6 +89,8 @@ find_setting = SETTINGS.find
 EXPERIMENT: tuple[str, ...] = tuple(SETTINGS)[:4]  # the published one's settings
 FILES_OWN = ("gguf", "stored")  # ways that a checkpoint brings, or has not
 BASELINES = ("gpu-fp16", "cpu-fp32")  # ratios are to the first that was measured
+# what holds keys and values -> in how many bits, where it quantises them; `decode.new_cache` makes it
+CACHES = Registry("cache", {"default": None, "static": None, "quantized-4": 4, "quantized-8": 8})
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Workload:
     """Prompt, batch size, `max_new_tokens`, and how long to repeat. Raises ValueError for one that cannot run.
 
     `prompt_tokens` and `depth` are llama-bench's -p and -d: a bundled text, repeated, gives a prompt of exactly so many
-    tokens (None: `prompt` as it is), and the tokens that are in the KV cache before the timed part."""
+    tokens (None: `prompt` as it is), and the tokens that are in the KV cache before the timed part. That `cache` is the
+    model's own ("default"), "static", "quantized-4" or "quantized-8"."""
 
     prompt: str = PROMPT
     max_new_tokens: int = 128
@@ -137,6 +140,7 @@ class Workload:
     budget_s: float = 30.0  # per cell, for the repeats
     prompt_tokens: int | None = None
     depth: int = 0
+    cache: str = "default"  # a key of CACHES
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -144,6 +148,7 @@ class Workload:
         for name in ("max_new_tokens", "batch_size", "prompt_tokens", "depth", "repeats"):
             if getattr(self, name) is not None or name not in ("prompt_tokens", "repeats"):
                 object.__setattr__(self, name, whole(name, getattr(self, name), int(name != "depth")))
+        CACHES.find(self.cache)
         if isinstance(self.budget_s, bool) or not isinstance(self.budget_s, (int, float)) or not self.budget_s > 0:
             raise ValueError(f"budget_s must be above 0 seconds, not {self.budget_s!r}")
 

@@ -141,7 +141,7 @@ def _shown(named: list[Cell]) -> Table:
                frame["Machine"].iloc[0]]
     empty = (frame.isna() | frame.isin(["", EMPTY, "ok"])).all()
     drop = {"Weights", "Machine"} | set(empty.index[empty]) - set(PUBLISHED_COLUMNS)
-    if all(cell.row.work[:4] == (named[0].row.prompt, 0, 0, 1) for cell in named):
+    if all(cell.row.work[:5] == (named[0].row.prompt, "default", 0, 0, 1) for cell in named):
         drop.add("Workload")
     few = any(cell.measured and cell.row.tokens_per_s_ci is None for cell in named)
     return Table(frame.assign(Status=[cut(text, 48) for text in frame["Status"]]).drop(columns=list(drop)),

@@ -10,11 +10,11 @@ import torch
 from tqdm.auto import tqdm
 
 from quantbench import machine
-from quantbench.decode import Unavailable, find_engine, inputs_of
-from quantbench.inspection import need_memory
+from quantbench.decode import Unavailable, find_engine, inputs_of, why_no_cache
+from quantbench.inspection import held_in, need_memory
 from quantbench.loading import LoadedModel
 from quantbench.records import Measurement
-from quantbench.settings import PROMPT, Workload
+from quantbench.settings import CACHES, PROMPT, Workload
 from quantbench.tokens import check_length
 
 REPEATS = (3, 10)  # at least, at most
@@ -24,16 +24,16 @@ SAMPLE = ("latencies_s", "first_token_s", "energy_j", "others_busy", "sampled_at
 
 
 def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *, batch_size: int = 1,
-             prompt_tokens: int | None = None, depth: int = 0, repeats: int | None = None, budget_s: float = 30.0,
-             engine: str = "eager", clock: Callable[[], float] = time.perf_counter,
+             prompt_tokens: int | None = None, depth: int = 0, cache: str = "default", repeats: int | None = None,
+             budget_s: float = 30.0, engine: str = "eager", clock: Callable[[], float] = time.perf_counter,
              progress: bool = True) -> Measurement:
     """Greedy generation of exactly `max_new_tokens` tokens for `batch_size` copies of `prompt`, timed at once.
 
     After a warm-up, 3 to 10 repeats: until half their range is within 3% of the median or `budget_s` seconds are
     spent; `repeats` fixes their number. Each repeat also times a `generate` of one token, the time to first token.
-    `prompt_tokens` asks for a prompt of exactly so many tokens, `depth` for as many in the KV cache before it (see
-    `Workload`). `clock` returns seconds. Nothing but generation runs between two readings of the clock. The row is
-    compared with no other one: what two settings differ by is measured side by side, in rounds, by `sweep`.
+    `prompt_tokens` asks for a prompt of exactly so many tokens, `depth` for as many in the KV cache before it, `cache`
+    for a kind of it (see `Workload`). `clock` returns seconds. Nothing but generation runs between two readings of it.
+    The row is compared with no other one: what two settings differ by is measured side by side, in rounds, by `sweep`.
 
     `engine` is a key of `ENGINES`: "eager" (transformers' generate), "graph" (one captured decode step) or "compile"
     (compiled, then captured); the text of the last two is held against eager's.
@@ -42,7 +42,7 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     a workload that cannot run (see `Workload`) or is over the model's context length, RuntimeError for a closed
     model or a wrong token count.
     """
-    workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s, prompt_tokens, depth)
+    workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s, prompt_tokens, depth, cache)
     cell = Timed(lm, workload, engine, clock)
     title = f"{lm.name} · {lm.setting.label} · {workload.max_new_tokens} tokens"
     most = workload.repeats or REPEATS[1]
@@ -74,15 +74,15 @@ class Timed:
         self.facts = {name: getattr(lm, name) for name in (
             "revision", "weights", "load_s", "weights_bytes", "held_before_bytes", "load_peak_bytes", "audit")} | {
             "model": lm.name, "setting": lm.setting.key, "engine": engine, "prompt": workload.prompt,
-            "prompt_length": workload.prompt_tokens, "depth": workload.depth, "batch_size": workload.batch_size,
-            "max_new_tokens": workload.max_new_tokens, "machine": machine.facts(),
+            "prompt_length": workload.prompt_tokens, "depth": workload.depth, "cache": workload.cache,
+            "batch_size": workload.batch_size, "max_new_tokens": workload.max_new_tokens, "machine": machine.facts(),
             "versions": machine.versions()}
         if self.ended:
             return
         if lm.model is None:
             raise RuntimeError(f"{lm!r}: load it again to generate")
-        if reason := kind.why_not(lm):
-            self.ended = "unavailable", reason
+        if (reason := kind.why_not(lm)) or workload.cache not in getattr(kind, "caches", ("default",)):
+            self.ended = "unavailable", reason or f"the {engine} engine runs with no {workload.cache} cache"
             return
         prompt_tokens = workload.prompt_tokens or lm.encode(workload.prompt)["input_ids"].shape[1]
         check_length(lm.name, prompt_tokens, workload, lm.context_length)
@@ -102,9 +102,12 @@ class Timed:
         return Measurement(**self.facts | made)
 
     def _prepare(self, kind: type) -> None:
-        lm, tokens = self.lm, self.workload.max_new_tokens
-        room = lm.audit["kv_bytes_per_token"] * (self.before + tokens) * self.workload.batch_size
-        need_memory(room, machine.free_bytes(lm.device), "the KV cache")
+        lm, tokens, bits = self.lm, self.workload.max_new_tokens, CACHES[self.workload.cache]
+        if reason := why_no_cache(self.workload.cache, lm.model):
+            raise Unavailable(reason)
+        self.room = lm.audit["kv_bytes_per_token"] * (self.before + tokens - 1) * self.workload.batch_size
+        needed = self.room * bits // (8 * lm.model.dtype.itemsize) if bits else self.room
+        need_memory(needed, machine.free_bytes(lm.device), "the KV cache")
         gc.collect()
         machine.release(lm.device)  # an engine of the call before may still hold its graph
         held, self.idle = machine.held_bytes(lm.device), machine.readings(lm.device, machine.IDLE_S)
@@ -113,7 +116,9 @@ class Timed:
         self.engine.rewind()
         self._timed(tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS))
         self.facts["prepare_s"] = time.perf_counter() - start
-        self.engine_bytes, self.peak_bytes = machine.held_bytes(lm.device) - held, None
+        self.engine.rewind()  # what it rewinds to is no part of a generation's memory
+        held, self.peak_bytes = held + held_in(getattr(self.engine, "filled", None)), None
+        self.engine_bytes = machine.held_bytes(lm.device) - held
 
     def _sample(self, round_name: str | None) -> None:
         self.engine.rewind()
@@ -125,6 +130,7 @@ class Timed:
         busy, own, every = (after - before for before, after in zip(cores, machine.cores_used()))
         if has_peak:
             self.peak_bytes = max(self.peak_bytes or 0, machine.peak_bytes(device) - held)
+        self.facts["cache_bytes"] = held_in(getattr(self.engine, "cache", None)) or self.room or None
         self.engine.rewind()
         first = self._timed(1)[0]
         joules = None if start_j is None or end_j < start_j else end_j - start_j  # less: the counter started anew

@@ -325,3 +325,62 @@ def test_continuations_part_at_the_first_word_that_differs():
         ["CPU FP32", " once the king slept", ""], ["CPU BF16", " once the ", "<b>queen</b> slept\n\nwell"],
         ["CPU INT8", " once the king slept well", ""]]
     assert "<b>queen" not in shown._repr_html_() and "random weights" in repr(qb.continuations([]))
+
+
+# ---- other caches ----
+
+def test_a_static_cache_reads_as_the_reference_does_and_is_a_quality_of_its_own(lm):
+    run = qb.Run([qb.reference(lm, **SMALL).quality, qb.quality(lm, lm, **SMALL)])
+    found = run.add(qb.quality(lm, lm, cache="static", **SMALL))
+    assert found.kl_mean < 1e-6 and (found.cache, found.stepwise) == ("static", True)
+    assert len(run.qualities) == 2 and "CPU FP32, static cache" in set(qb.quality_table(run)["Setting"].str[:22])
+    assert qb.quality_findings(run) and "CPU FP32, static cache" in repr(found)
+
+
+def test_the_fewer_bits_a_cache_has_the_further_it_is_from_the_reference(lm):
+    for layer in lm.model.model.layers:  # else attention has hardly a say in what a tiny model predicts
+        layer.self_attn.v_proj.weight.data *= 100
+    four, eight, whole = (qb.quality(lm, lm, cache=name, **SMALL) for name in ("quantized-4", "quantized-8", "static"))
+    if four.status == "unavailable":
+        assert four.reason == "a quantised cache needs hqq: pip install quantbench[cache]" and four.kl_mean is None
+        pytest.skip("needs hqq")
+    assert four.kl_mean > 10 * eight.kl_mean > 20 * whole.kl_mean and four.key != eight.key, (four, eight, whole)
+
+
+# ---- the batch ----
+
+def test_a_batch_changes_no_text_where_each_sequence_is_computed_by_itself(lm):
+    found = qb.batch_effect(lm, max_new_tokens=6, batch_size=[2, 3])
+    assert [(one["Batch"], one["Other texts"]) for one in found] == [(2, 0), (3, 0)] and "<table>" in found._repr_html_()
+
+
+def test_where_a_batch_changes_the_texts_the_first_token_and_its_margin_are_told(lm):
+    """The second token, counted from 1, falls the other way for all sequences but the first of a batch."""
+    best = {}
+
+    def second_best(logits):
+        alone, step = logits.shape[0] == 1, lm.calls
+        lm.calls += 1
+        top = logits[:, -1].topk(2)
+        if step % 4 == 1:
+            if alone:
+                best.setdefault("margins", []).append((top.values[0, 0] - top.values[0, 1]).item())
+            else:
+                logits = logits.clone()
+                logits[1:, -1] = logits[1:, -1].scatter(1, top.indices[1:], top.values[1:].flip(1))
+        return logits
+
+    lm.calls = 0
+    changed(lm, second_best)
+    told, = qb.batch_effect(lm, max_new_tokens=4, batch_size=3)
+    assert (told["Other texts"], told["From token"]) == (2, 2)
+    assert told["Margin there"] == pytest.approx(best["margins"][1], rel=0.1)
+
+
+def test_a_batch_effect_that_cannot_be_measured_says_why_or_raises(lm):
+    if not torch.cuda.is_available():
+        with qb.load("gpt2", "gpu-fp16") as away:
+            assert qb.batch_effect(away)[0]["Status"] == "unavailable"
+    for bad in ({"batch_size": 1}, {"max_new_tokens": 0}, {"max_new_tokens": 1000}):
+        with pytest.raises(ValueError):
+            qb.batch_effect(lm, **bad)

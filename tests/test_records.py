@@ -24,7 +24,7 @@ PART = {"calls": 1, "device_s": 0.5, "kernels": 3.0, "kinds": {"products": 0.5}}
 FULL = dataclasses.replace(
     ROW, revision="seed 0", engine="graph", prompt="né\n\u2028", prompt_length=3, status="timeout", reason="x", prepare_s=1.0,
     sampled_at=[1.5] * 6, others_busy=[0.0] * 6, text="", held_before_bytes=1, load_peak_bytes=-1, vram_reserved_bytes=2,
-    vram_device_bytes=3, ram_peak_bytes=4, trace={"prefill": PART, "step": PART},
+    vram_device_bytes=3, ram_peak_bytes=4, cache="static", cache_bytes=5, trace={"prefill": PART, "step": PART},
     conditions={"before": {"gpu_busy": 0.5, "throttled": ["power cap"]}, "after": {}, "no_energy": None})
 QUALITY = qb.Quality(model="gpt2", setting="gpu-int4", text="t", tokens=9, perplexity=2.0, kl_mean=0.1, kl_ci=(0.0, 0.2))
 LIMITS = qb.Limits(device="cpu", name="C", read_bytes_per_s=1e10, matrix_flops_per_s={"float32": 1e11})
@@ -53,6 +53,7 @@ def test_figures_by_hand():
     assert ROW.decode_tokens_per_s == pytest.approx(2 * 99 / 3.5) and ROW.step_ms == 1000 * 3.5 / 99
     assert (ROW.vram_gb, ROW.weights_gb, ROW.ram_peak_gb) == (0.16, 0.127, None)
     assert ROW.energy_per_token_j == 1.0 and ROW.once_s == 2.0
+    assert dataclasses.replace(ROW, depth=9, cache_bytes=24_000).cache_per_token == 24_000 / 2 / (9 + 12 + 99)
     assert ROW.latency_ci == (2.0, 5.0) and ROW.tokens_per_s_ci == (40.0, 100.0) == ROW.tokens_per_s_range
     assert ROW.by_round == {"a": 50.0, "b": 100.0, "c": 40.0, "d": 50.0, "e": 200 / 3, "f": 40.0}
     assert ROW.noisy and not dataclasses.replace(ROW, latencies_s=[4.0, 4.1, 4.0], rounds=[]).noisy

@@ -142,12 +142,12 @@ def _judged(run: Run, asked: dict, work: dict, settings: list[str] | None, ruled
             and work["prompt_tokens"] in (None, row.prompt_length)]
     many = Counter(row.work for row in rows if row.status == "ok")
     tokens = work["max_new_tokens"]
-    main = max(many, key=lambda one: (one[-1] == tokens, not any(one[1:3]), many[one], one), default=None)
+    main = max(many, key=lambda one: (one[-1] == tokens, one[1:4] == ("default", 0, 0), many[one], one), default=None)
     named = cells(row for row in rows if main in (None, row.work))
     machine_of(cell.row for cell in named)
     if len(titles := {cell.title for cell in named}) > 1:
         raise ValueError(f"a choice is of one model, not of {len(titles)}: run.only(model=...)")
-    reads = {one.subject: one for one in run.qualities}
+    reads = {one.subject: one for one in run.qualities if main and one.cache == main[1]}
     found = [_Candidate(cell, ratio, read, *_held(cell, read, asked)) for cell, base, ratio in beside(named)
              for read in [reads.get(cell.row.subject)] if not settings or cell is base or cell.row.setting in settings]
     best, lead = _best([one for one in found if not one.broken and not one.doubts])

@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 from quantbench import machine
 from quantbench.inspection import quiet
-from quantbench.decode import Eager, Unavailable
+from quantbench.decode import Eager, Unavailable, why_no_cache
 from quantbench.engines.agreement import difference, stop_tokens
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
@@ -23,21 +23,16 @@ class Graph:
     """Prefill and one decode step with its argmax, each captured once and replayed, on a static KV cache: what
     transformers computes, as it is, on a GPU as a CUDA graph, on a CPU as a TorchScript trace."""
 
+    caches = "default", "static"  # one for both: its own
+
     @staticmethod
-    @torch.no_grad()
     def why_not(lm: LoadedModel) -> str | None:
         if not getattr(lm.model, "_can_compile_fullgraph", False):
             return f"transformers has no static cache for {type(lm.model).__name__}"
         cache = StaticCache(config=lm.model.config, max_cache_len=64)
         if others := sorted({type(layer).__name__ for layer in cache.layers} - {"StaticLayer"}):
             return f"its cache has {listed(others)} (sliding windows, states): only full attention's step is captured"
-        try:  # what says that it can may be unable to: Falcon with ALiBi
-            lm.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=lm.model.device), past_key_values=cache)
-        except (RuntimeError, ValueError) as error:
-            if machine.out_of_memory(error) is None:
-                return f"transformers cannot run it with a static cache: {cut(error, 80)}"
-            raise
-        return find_quantiser(lm.setting.quantisation).not_captured(lm.setting)
+        return why_no_cache("static", lm.model) or find_quantiser(lm.setting.quantisation).not_captured(lm.setting)
 
     def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, depth: int = 0) -> None:
         self.lm, self.inputs, self.prompt, self.depth = lm, inputs, inputs["input_ids"], depth

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 
 from quantbench.decode import inputs_of
-from quantbench.loading import LoadedModel, check_length
+from quantbench.loading import LoadedModel
 from quantbench.settings import PROMPT, Workload, whole
+from quantbench.tokens import check_length
 from quantbench.wording import as_html
 
 

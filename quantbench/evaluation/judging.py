@@ -33,8 +33,9 @@ class Scored(NamedTuple):
     @classmethod
     def of(cls, found: Quality, cell: Cell | None = None) -> Scored:
         row, model = SETTINGS[found.setting] if found.setting in SETTINGS else None, MODELS.get(found.model)
+        own = found.cache == "default"
         return cls(found, plain(model.label if model else found.model), plain(found.setting_label), row and row.device,
-                   row is None or row.quantised, found.setting == found.reference, cell)
+                   row is None or row.quantised or not own, own and found.setting == found.reference, cell)
 
 
 def groups(run: Iterable) -> list[list[Scored]]:
@@ -42,20 +43,21 @@ def groups(run: Iterable) -> list[list[Scored]]:
     run, together, joined = Run.of(run), {}, []
     for one in sorted(run.qualities, key=lambda one: [*SETTINGS, one.setting].index(one.setting)):
         if one.status == "ok" and one.perplexity is not None:
-            together.setdefault((*one.key[:3], *one.key[4:], one.text), []).append(one)
+            together.setdefault((*one.key[:3], *one.key[4:6], *one.key[7:], one.text), []).append(one)
     for group in together.values():
         subjects = [one.subject for one in group]
-        works = {cell: (cell.row.engine == "eager", *cell.row.work[::-1], cell.row.engine)
+        works = {cell: (cell.row.engine == "eager", *cell.row.work[:1:-1], cell.row.prompt, cell.row.engine)
                  for cell in cells(run) if cell.measured and cell.row.subject in subjects}
         shared = max(multimode(works.values()), default=None)  # of several: eager, then the longest
-        at = {cell.row.subject: cell for cell, work in works.items() if work == shared}
-        joined.append([Scored.of(one, at.get(one.subject)) for one in group])
+        at = {(cell.row.subject, cell.row.cache): cell for cell, work in works.items() if work == shared}
+        joined.append([Scored.of(one, at.get((one.subject, one.cache))) for one in group])
     return joined
 
 
 def on_what(group: list[Scored]) -> str:
     """ "quantbench-eval against CPU FP32: 2978 tokens, context 512, stride 256; speed at 128 tokens (eager)"."""
-    one, speed = group[0].found, {f"; speed at {it.cell.workload} ({it.cell.row.engine})" for it in group if it.cell}
+    one, speed = group[0].found, {f"; speed at {it.cell.workload} ({it.cell.row.engine})" for it in group
+                                  if it.cell and it.found.cache == "default"}
     base = SETTINGS[one.reference].label if one.reference in SETTINGS else one.reference
     return plain(f"{one.text}{f' against {base}' if base else ''}: {one.tokens} tokens, context {one.context}, "
                  f"stride {one.stride}{''.join(speed)}")

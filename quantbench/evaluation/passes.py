@@ -5,19 +5,18 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from scipy.stats import t
 from tqdm.auto import tqdm
 
 from quantbench import machine
-from quantbench.decode import stepwise_logits
+from quantbench.decode import TEXT, stepwise_logits, why_no_cache
 from quantbench.evaluation.scores import Quality
 from quantbench.intervals import LEAST, Interval
 from quantbench.loading import LoadedModel, StandInTokenizer
 from quantbench.quantisers import QUANTISERS
-from quantbench.settings import whole
+from quantbench.settings import CACHES, whole
 from quantbench.weights import hub_answers
 
 LEAST_TOKENS = 32  # of a text that is worth a number
@@ -56,18 +55,20 @@ def reference(lm: LoadedModel, text: str | None = None, tokens: int | None = Non
 
 def quality(lm: LoadedModel, reference: LoadedModel | Reference | None = None, text: str | None = None,
             tokens: int | None = None, *, context: int | None = None, stride: int | None = None,
-            stepwise: bool | None = None, progress: bool = True) -> Quality:
+            stepwise: bool | None = None, cache: str = "default", progress: bool = True) -> Quality:
     """Perplexity of `lm` on the first `tokens` tokens of `text`, and how it differs from `reference`, token by token.
 
     `text`: see `find_text`. Windows of `context` (512) tokens begin every `stride` (context // 2). `reference` is the
     same model under another setting: what `qb.reference` made, text and windows with it, or a loaded model. `stepwise`
-    runs each window as generation does, token by token after a prompt; None: only where the quantiser needs it.
+    runs each window as generation does, token by token after a prompt; None: only where the quantiser needs it. So does
+    a `cache` (see `Workload`) other than the default, always: the reference has the whole of its keys and values.
 
     A model that was not loaded, runs out of memory, or gives logits that are not finite, gives a `Quality` that says
     so. Raises ValueError for random weights, which have no quality, and for what cannot be evaluated or compared.
     """
+    CACHES.find(cache)
     if lm.status != "ok":
-        return Quality(**_whose(lm), status=lm.status, reason=lm.reason)
+        return Quality(**_whose(lm), cache=cache, status=lm.status, reason=lm.reason)
     _check(lm)
     if reference and (reference.name, reference.revision, reference.weights) != (lm.name, lm.revision, lm.weights):
         raise ValueError(f"quality is paired with the same model under another setting, not {reference!r}")
@@ -77,7 +78,7 @@ def quality(lm: LoadedModel, reference: LoadedModel | Reference | None = None, t
     elif reference and ({text, tokens, context, stride} != {None} or not reference.kept):
         raise ValueError("a reference brings its text, tokens, context and stride, and must not be closed")
     read = reference.read if reference else _read(lm, text, tokens, context, stride)
-    return _measured(lm, *read, reference, stepwise, progress)
+    return _measured(lm, *read, reference, stepwise, progress, cache)
 
 
 def _check(lm: LoadedModel) -> None:
@@ -100,8 +101,7 @@ def find_text(text: str | None = None) -> tuple[str, str]:
     """A text's name and the text. None or "quantbench-eval": about 3,000 tokens of prose written for this project, so
     that no model has seen them. "wikitext-2": the raw test set of WikiText-2 (Merity et al. 2016), from the Hub."""
     if text in (None, "quantbench-eval"):
-        file = Path(__file__).parents[1] / "data" / "evaluation.txt"
-        return "quantbench-eval", file.read_text(encoding="utf-8").strip()
+        return "quantbench-eval", TEXT.read_text(encoding="utf-8").strip()
     if text != "wikitext-2":
         return "own text", text
     from huggingface_hub import hf_hub_download
@@ -148,12 +148,14 @@ def _read(lm: LoadedModel, text: str | None, tokens: int | None, context: int | 
 # ---- from logits to values per token, and to figures ----
 
 def _measured(lm: LoadedModel, windows: list[Window], on: dict, reference: Reference | None, stepwise: bool | None,
-              progress: bool) -> Quality:
+              progress: bool, cache: str = "default") -> Quality:
     """The record of one pass over a text."""
-    stepwise = QUANTISERS[lm.setting.quantisation].stepwise if stepwise is None else stepwise
-    on = _whose(lm) | on | {"stepwise": stepwise, "reference": reference and reference.setting.key}
+    stepwise = cache != "default" or (QUANTISERS[lm.setting.quantisation].stepwise if stepwise is None else stepwise)
+    on = _whose(lm) | on | {"stepwise": stepwise, "cache": cache, "reference": reference and reference.setting.key}
     try:
-        values = torch.cat(list(_values(lm, windows, stepwise, reference and reference.kept, progress)))
+        if reason := why_no_cache(cache, lm.model):
+            return Quality(**on, status="unavailable", reason=reason)
+        values = torch.cat(list(_values(lm, windows, stepwise and cache, reference and reference.kept, progress)))
         if not values.isfinite().all():
             return Quality(**on, status="failed", reason="the logits are not finite")
         return Quality(**on, **_figures(values, [scored for _, scored in windows], paired=reference is not None))
@@ -166,17 +168,18 @@ def _measured(lm: LoadedModel, windows: list[Window], on: dict, reference: Refer
 
 
 @torch.inference_mode()
-def _values(lm: LoadedModel, windows: list[Window], stepwise: bool, kept: list | None,
+def _values(lm: LoadedModel, windows: list[Window], cache: str | bool, kept: list | None,
             progress: bool) -> Iterator[torch.Tensor]:
     """ROWS tokens at a time, float64 on the CPU [rows, 5]: negative log-likelihood (nats), whether it was the first
     choice, KL(reference || this) (nats), whether both have the same first choice, whether it was the reference's.
 
     `kept`, the reference's log-probabilities and first choices, is filled where it is empty: by the reference's pass.
+    `cache` is what holds keys and values from token to token; False: each window is read in one pass.
     """
     title, filling, place = f"{lm.name} · {lm.setting.label} · quality", kept == [], 0
     for seen, scored in tqdm(windows, desc=title, unit="window", leave=False, disable=not progress):
         ids = seen.to(lm.model.device)
-        logits = stepwise_logits(lm.model, ids, scored)[0] if stepwise else (
+        logits = stepwise_logits(lm.model, ids, scored, cache)[0] if cache else (
             lm.model(input_ids=ids, use_cache=False).logits[0, -scored - 1:-1])
         for some, true in zip(logits.split(ROWS), ids[0, -scored:].split(ROWS)):
             ours = some.float().log_softmax(-1)

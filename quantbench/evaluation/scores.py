@@ -36,6 +36,7 @@ class Quality(Subject):
     stride: Count | None = None  # tokens from one window to the next; after the first, each scores its last ones
     windows: Count | None = None
     stepwise: bool | None = None  # each window run as generation runs, not in one pass
+    cache: Name = "default"  # then with this one
     # alone
     perplexity: Amount | None = None  # exp(mean negative log-likelihood)
     perplexity_se: Amount | None = None  # its standard error over windows
@@ -53,7 +54,11 @@ class Quality(Subject):
     @property
     def key(self) -> tuple:
         """One quality per subject, text and windows."""
-        return (*self.subject, self.text_sha256, self.tokens, self.context, self.stride, self.reference)
+        return (*self.subject, self.cache, self.text_sha256, self.tokens, self.context, self.stride, self.reference)
+
+    @property
+    def setting_label(self) -> str:
+        return super().setting_label + f", {self.cache} cache" * (self.cache != "default")
 
     @property
     def keeps_99(self) -> bool | None:

@@ -106,7 +106,7 @@ def continuations(run: Iterable) -> Tables:
     run, together, tables = Run.of(run), {}, []
     references = {(one.model, one.reference) for one in run.qualities}
     for cell in cells(run):
-        if cell.row.text is not None and cell.row.status == "ok":
+        if cell.row.text is not None and cell.row.status == "ok" and cell.row.cache == "default":
             together.setdefault((cell.model, cell.row.prompt), {})[cell.setting] = cell  # cells come by length
     for (model, prompt), found in together.items():
         texts = sorted(found.values(), key=lambda cell: (cell.row.model, cell.row.setting) not in references)

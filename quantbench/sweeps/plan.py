@@ -12,6 +12,7 @@ from itertools import groupby
 from quantbench import machine
 from quantbench.decode import find_engine
 from quantbench.intervals import LEAST
+from quantbench.labels import cells
 from quantbench.loading import why_not
 from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
@@ -39,7 +40,7 @@ class Cell:
             model=self.model, setting=self.setting.key, engine=self.engine, status=status, reason=reason,
             revision=self.source and self.source.revision, weights=self.source and self.source.weights,
             prompt=self.workload.prompt, prompt_length=self.workload.prompt_tokens, depth=self.workload.depth,
-            batch_size=self.workload.batch_size, max_new_tokens=self.workload.max_new_tokens,
+            cache=self.workload.cache, batch_size=self.workload.batch_size, max_new_tokens=self.workload.max_new_tokens,
             machine=self.planned_on, versions=self.versions)
 
     @cached_property
@@ -54,11 +55,8 @@ class Cell:
 
     @property
     def title(self) -> str:
-        engine, asked = self.engine, self.workload
-        return (f"{self.model} · {self.setting.label}" + f" · {engine}" * (engine != "eager") +
-                f" · {asked.max_new_tokens} tokens" + f", batch {asked.batch_size}" * (asked.batch_size > 1) +
-                f", prompt of {asked.prompt_tokens}" * bool(asked.prompt_tokens) +
-                f", depth {asked.depth}" * bool(asked.depth))
+        named, = cells([self.row("failed", None)])
+        return f"{self.model} · {named.setting} · {named.workload}"
 
 
 def plan(models: object, settings: object, engines: object, workloads: list[Workload],

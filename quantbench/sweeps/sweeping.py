@@ -21,12 +21,13 @@ from quantbench.sweeps.workers import Jobs
 
 def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_tokens: int | Iterable[int] = (128, 256),
           *, prompt: str = PROMPT, batch_size: int | Iterable[int] = 1, repeats: int | None = None,
-          prompt_tokens: int | Iterable[int] | None = None, depth: int | Iterable[int] = 0, budget_s: float = 30.0,
-          engine: str | Iterable[str] = "eager", trace: bool = False, weights: str | None = None,
-          run: Run | None = None, executor: object = None, timeout_s: float = 900.0, retry: bool = False,
-          stop: threading.Event | None = None, progress: bool | std_tqdm = True) -> Iterator[Measurement]:
+          prompt_tokens: int | Iterable[int] | None = None, depth: int | Iterable[int] = 0,
+          cache: str | Iterable[str] = "default", budget_s: float = 30.0, engine: str | Iterable[str] = "eager",
+          trace: bool = False, weights: str | None = None, run: Run | None = None, executor: object = None,
+          timeout_s: float = 900.0, retry: bool = False, stop: threading.Event | None = None,
+          progress: bool | std_tqdm = True) -> Iterator[Measurement]:
     """Measure every model under every setting ("all": that this machine can run), engine, length, batch size,
-    `prompt_tokens` and `depth` (see `Workload`), in rounds; yield each measurement.
+    `prompt_tokens`, `depth` and `cache` (see `Workload`), in rounds; yield each measurement.
 
     All settings and engines of a model and workload take one sample each per round, in random order, each in a process
     of its own that stays loaded (models that do not fit together are loaded in turn): their ratios are of the same
@@ -44,9 +45,8 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
 
     Raises ValueError at once, before anything is loaded, for a mistake in any argument.
     """
-    axes = map(many, (max_new_tokens, batch_size, prompt_tokens, depth))
-    workloads = [Workload(prompt, length, batch, repeats, budget_s, words, cached)
-                 for length, batch, words, cached in product(*axes)]
+    axes = map(many, (max_new_tokens, batch_size, prompt_tokens, depth, cache))
+    workloads = [Workload(prompt, length, batch, repeats, budget_s, *rest) for length, batch, *rest in product(*axes)]
     cells = plan(models, settings, engine, workloads, weights)
     if executor not in (None, "inline") and not hasattr(executor, "submit"):
         raise ValueError(unknown("executor", executor, ("inline",)))

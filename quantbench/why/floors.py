@@ -60,6 +60,7 @@ def floor(row: Measurement, limits: Limits | None, part: str = "step") -> Floor 
     reads, products, cache, tables = map(audit.get, names)
     if None in (limits, reads, products, cache, tables, row.prompt_tokens, row.new_tokens):
         return None
+    cache = min(cache, row.cache_per_token or cache)  # a quantised one is less
     if part == "step":
         reads += row.batch_size * (row.depth + row.prompt_tokens + row.new_tokens / 2) * cache
     else:

@@ -28,7 +28,7 @@ def memory_table(run: Iterable[Measurement]) -> pd.DataFrame:
     for cell in (cell for cell in cells(run) if cell.measured):
         row, audit = cell.row, cell.row.audit or {}
         tokens = row.batch_size * (row.depth + (row.prompt_tokens or 0) + row.new_tokens)
-        cache = tokens * audit.get("kv_bytes_per_token", 0)
+        cache = row.cache_bytes or tokens * audit.get("kv_bytes_per_token", 0)
         rows.append({"Model": cell.title, "Setting": cell.setting, "Workload": cell.workload, "KV cache": cache,
                      "Quantised layers": audit.get("quantised_bytes", 0),
                      "Embeddings and head": audit.get("embedding_bytes", 0),

@@ -21,13 +21,15 @@ Groups = dict[tuple, dict[int, list[Cell]]]  # (model, what is shared) -> prompt
 
 
 def prompt_table(run: Iterable[Measurement]) -> pd.DataFrame:
-    """One row per measured cell: prompt tokens, batch, depth, TTFT (s), and the rates of prefill and decode (tokens/s)
-    with their 95% intervals, None below 6 samples."""
-    rows = [(cell.title, cell.setting, cell.row.prompt_tokens, cell.row.batch_size, cell.row.depth, cell.row.ttft_s,
+    """One row per measured cell: prompt tokens, batch, depth, cache and its bytes per token, TTFT (s), and the rates of
+    prefill and decode (tokens/s) with their 95% intervals, None below 6 samples."""
+    rows = [(cell.title, cell.setting, cell.row.prompt_tokens, cell.row.batch_size, cell.row.depth, cell.row.cache,
+             cell.row.cache_per_token, cell.row.ttft_s,
              *(part for rate in RATES for part in (getattr(cell.row, rate), median_interval(cell.row.rates(rate)))))
             for cell in cells(run) if cell.measured]
     names = [name for rate in RATES for name in (FIGURES[rate], f"{FIGURES[rate]} 95%")]
-    columns = ["Model", "Setting", "Prompt tokens", "Batch", "Depth", FIGURES["ttft_s"], *names]
+    columns = ["Model", "Setting", "Prompt tokens", "Batch", "Depth", "Cache",
+               *map(FIGURES.get, ("cache_per_token", "ttft_s")), *names]
     return pd.DataFrame(rows, columns=columns).set_index("Model")
 
 
@@ -62,7 +64,7 @@ def plot_prompts(run: Iterable[Measurement]) -> Figure:
     models: dict[tuple, Groups] = {}
     for (model, shared), lengths in _groups(named).items():
         row = next(iter(lengths.values()))[0].row
-        models.setdefault((model, row.engine, row.depth), {})[shared] = lengths
+        models.setdefault((model, row.engine, row.depth, row.cache), {})[shared] = lengths
     if not models:
         raise ValueError("nothing to draw: it takes two prompt lengths (sweep's prompt_tokens)")
     figure, axes = plt.subplots(len(models), 3, squeeze=False, figsize=(10, 2.9 * len(models) + 0.8),
@@ -85,7 +87,8 @@ def _groups(named: list[Cell]) -> Groups:
     found: Groups = {}
     for cell in (cell for cell in named if cell.measured):
         row = cell.row
-        shared = ", ".join([row.engine, f"batch {row.batch_size}", *[f"depth {row.depth:,}"] * bool(row.depth)])
+        shared = ", ".join([row.engine, f"batch {row.batch_size}", *[f"depth {row.depth:,}"] * bool(row.depth),
+                            *[f"{row.cache} cache"] * (row.cache != "default")])
         found.setdefault((cell.title, shared), {}).setdefault(row.prompt_tokens, []).append(cell)
     return {place: dict(sorted(lengths.items())) for place, lengths in found.items() if len(lengths) > 1}
 

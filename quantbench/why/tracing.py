@@ -41,7 +41,8 @@ def trace(lm: LoadedModel, row: Measurement) -> Measurement:
     """
     if row.status != "ok" or not find_quantiser(lm.setting.quantisation).traced:
         return row
-    asked = Workload(row.prompt, row.max_new_tokens, row.batch_size, prompt_tokens=row.prompt_length, depth=row.depth)
+    asked = Workload(row.prompt, row.max_new_tokens, row.batch_size, prompt_tokens=row.prompt_length, depth=row.depth,
+                     cache=row.cache)
     engine = find_engine(row.engine)(lm, inputs_of(lm, asked), row.max_new_tokens, row.depth)
     steps = min(STEPS, row.max_new_tokens - 1)
     prompts = [_profiler(lm) for _ in range(PREFILLS)]
