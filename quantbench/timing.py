@@ -117,7 +117,7 @@ class Timed:
         self._timed(tokens if lm.device == "cuda" else min(tokens, CPU_WARM_UP_TOKENS))
         self.facts["prepare_s"] = time.perf_counter() - start
         self.engine.rewind()  # what it rewinds to is no part of a generation's memory
-        held, self.peak_bytes = held + held_in(getattr(self.engine, "filled", None)), None
+        held, self.peak_bytes = held + held_in(getattr(self.engine, "filled", None)) * (lm.device == "cuda"), None
         self.engine_bytes = machine.held_bytes(lm.device) - held
 
     def _sample(self, round_name: str | None) -> None:

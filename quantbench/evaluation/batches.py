@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from quantbench.decode import inputs_of
+from quantbench.decode import Unavailable, inputs_of
 from quantbench.loading import LoadedModel
 from quantbench.settings import PROMPT, Workload, whole
 from quantbench.tokens import check_length
@@ -31,10 +31,14 @@ def batch_effect(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 64
     check_length(lm.name, length, work, lm.context_length)
     others = inputs_of(lm, Workload(prompt_tokens=length * (max(sizes) - 1)))["input_ids"].view(-1, length)
     every, found = torch.cat([ids, others]), BatchEffects()
+    try:
+        batches = [(size, _written(lm, every[:size], work.max_new_tokens)[0]) for size in sizes]
+    except Unavailable as error:  # llama.cpp has one sequence at a time
+        return BatchEffects([whose | {"Status": "unavailable", "Reason": str(error)}])
     alone = [_written(lm, one, work.max_new_tokens) for one in every.split(1)]
-    for size in sizes:
-        pairs = zip(_written(lm, every[:size], work.max_new_tokens)[0], alone)
-        parted = [(int(at[0]), margins) for text, (own, margins) in pairs if len(at := (text != own[0]).nonzero())]
+    for size, texts in batches:
+        parted = [(int(at[0]), margins) for text, (own, margins) in zip(texts, alone)
+                  if len(at := (text != own[0]).nonzero())]
         token, margins = min(parted, key=lambda one: one[0], default=(0, [0.0]))
         first = {"From token": token + 1, "Margin there": float(f"{margins[token]:.2g}")} if parted else {}
         found.append(whose | {"Batch": size, "Other texts": len(parted)} | first)
