@@ -78,7 +78,7 @@ def test_a_killed_child_is_a_row_and_the_next_one_starts_at_zero():
 
 def test_rounds_are_shared_and_memory_and_energy_are_those_of_one_model_alone(rows):
     found = list(qb.sweep("distilgpt2", ["gpu-fp16", "gpu-int4"], 128, repeats=6, weights="random", progress=False))
-    assert found[0].rounds == found[1].rounds and len(found[0].rounds) == 6
+    assert found[0].rounds == found[1].rounds and len(found[0].rounds) in (6, 12)  # 12: one stood out
     for row in found:
         alone = rows[row.setting][0]
         assert row.vram_peak_bytes == pytest.approx(alone.vram_peak_bytes, rel=0.02)
