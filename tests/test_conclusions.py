@@ -10,6 +10,7 @@ from quantbench.labels import cells
 from quantbench.records import Measurement
 from quantbench.results import Run
 from quantbench.saving import save
+from quantbench.tables import show
 
 T4 = {"cpu": "C", "gpu": "Tesla T4"}
 SIX = [2.0, 2.1, 1.95, 2.0, 2.1, 1.9]
@@ -121,3 +122,9 @@ def test_what_is_saved(tmp_path):
         save(Run(), tmp_path / "empty")
     with pytest.raises(OSError):
         save(kept, written[0])
+
+
+def test_a_setting_on_two_gpus_is_another_cell_and_never_the_baseline():
+    both = [row("gpu-fp16", [2 * s for s in SIX], gpus=2), FP16, INT8]
+    assert len(Run(both)) == 3 and "GPU FP16 on 2 GPUs" in repr(show(both))
+    assert dict(zip(ratios(both)["Setting"], ratios(both)["Ratio"])) == {"GPU FP16 on 2 GPUs": 0.5, "GPU INT8": 0.5}

@@ -6,12 +6,14 @@ import torch
 import quantbench as qb
 from quantbench import machine
 from quantbench.loading import why_not
+from quantbench.why.floors import floor
 from tests.conftest import Bar, eldest
 
 pytestmark = [pytest.mark.alone,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: nothing was shown")]
 GPU_SETTINGS = [key for key, row in qb.SETTINGS.items()  # a package may be missing, a checkpoint is not quantised itself
-                if row.device == "cuda" and row.quantisation != "stored" and why_not(row) is None]
+                if row.device == "cuda" and row.quantisation != "stored" and not (row.offload or why_not(row))]
+TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device here: nothing was shown")
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +85,39 @@ def test_rounds_are_shared_and_memory_and_energy_are_those_of_one_model_alone(ro
         alone = rows[row.setting][0]
         assert row.vram_peak_bytes == pytest.approx(alone.vram_peak_bytes, rel=0.02)
         assert row.weights_bytes == alone.weights_bytes and len(row.energy_j) == 6
+
+
+def test_offloaded_weights_cross_in_every_pass_and_leave_the_text_as_it_is():
+    with qb.load("distilgpt2", "gpu-fp16", weights="random") as lm:
+        plain = qb.generate(lm, max_new_tokens=16, repeats=3, progress=False)
+        ids = lm.model.generate(**lm.encode(qb.PROMPT), min_new_tokens=16, max_new_tokens=16)
+    with qb.load("distilgpt2", "gpu-fp16-offload", weights="random") as lm:
+        row = qb.generate(lm, max_new_tokens=16, repeats=3, progress=False)
+        assert torch.equal(lm.model.generate(**lm.encode(qb.PROMPT), min_new_tokens=16, max_new_tokens=16), ids)
+        assert qb.generate(lm, max_new_tokens=4, engine="graph", progress=False).status == "unavailable"
+    assert row.status == "ok" and row.weights_bytes == plain.weights_bytes
+    assert row.vram_peak_bytes < plain.vram_peak_bytes
+    assert row.audit["crossing_bytes"] > row.weights_bytes  # GPT-2's head is its embedding, which crosses twice
+    limits = qb.limits("cuda")
+    assert limits.bus_bytes_per_s < limits.read_bytes_per_s / 3
+    assert floor(row, limits).seconds < row.step_ms / 1000
+
+
+@TWO
+def test_two_gpus_share_the_weights_and_write_what_one_does(tmp_path):
+    rows, texts = {}, []
+    for setting, gpus in (("gpu-bf16", 1), ("gpu-bf16", 2), ("gpu-int4", 2)):
+        with qb.load("gpt2-medium", setting, weights="random", gpus=gpus) as lm:
+            row = rows[setting, gpus] = qb.generate(lm, max_new_tokens=16, repeats=3, progress=False)
+            texts.append(lm.model.generate(**lm.encode(qb.PROMPT), min_new_tokens=16, max_new_tokens=16).cpu())
+            if gpus == 2:
+                assert qb.generate(lm, max_new_tokens=4, engine="graph", progress=False).status == "unavailable"
+        assert machine.held_bytes("cuda") < 2**20
+        if gpus == 2:
+            assert sum(row.gpu_weights_bytes) == pytest.approx(row.weights_bytes, rel=0.02)
+            assert min(row.gpu_weights_bytes) > 0
+            assert row.gpus == len(row.gpu_busy) == 2 and sum(row.gpu_peak_bytes) >= row.weights_bytes
+    assert torch.equal(texts[0], texts[1])
+    both = list(qb.sweep("distilgpt2", "gpu-fp16", 8, gpus=[1, 2, 3], weights="random", repeats=2, progress=False))
+    assert [(row.gpus, row.status) for row in sorted(both, key=lambda row: row.gpus)] == [
+        (1, "ok"), (2, "ok"), (3, "unavailable")]

@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from quantbench.quantisers import QUANTISERS, find_quantiser, why_not
-from quantbench.settings import EXPERIMENT, SETTINGS, Workload, find_setting, more_settings
+from quantbench.settings import EXPERIMENT, SETTINGS, Workload, find_setting, more_settings, on_gpus
 
 T4 = {"gpu": "Tesla T4", "gpu_capability": [7, 5], "dynamic_int8": True}
 A100 = T4 | {"gpu": "A100", "gpu_capability": [8, 0]}
@@ -19,7 +19,7 @@ GPU = [row for row in SETTINGS.values() if row.device == "cuda"]
 
 def test_the_keys_are_fixed_and_the_published_come_first():
     assert list(SETTINGS) == [
-        "cpu-fp32", "gpu-fp16", "gpu-int8", "gpu-int4", "gpu-fp32", "gpu-bf16", "gpu-int8-nosplit", "gpu-int4-dq",
+        "cpu-fp32", "gpu-fp16", "gpu-int8", "gpu-int4", "gpu-fp32", "gpu-bf16", "gpu-fp16-offload", "gpu-int8-nosplit", "gpu-int4-dq",
         "gpu-int4-fp4", "cpu-bf16", "cpu-int8", "cpu-int4", "cpu-int8-dynamic", "cpu-int8-weights",
         "cpu-int4-weights", "gpu-int8-torchao", "gpu-int4-torchao", "gpu-int4-torchao-g64", "gpu-fp8-torchao",
         "cpu-gguf", "gpu-stored", "cpu-stored"]
@@ -43,6 +43,17 @@ def test_without_a_gpu_the_cpu_settings_remain():
     assert more_settings(T4) == ()
 
 
+def test_several_gpus_are_a_setting_of_its_own_where_there_are_so_many():
+    two = A100 | {"gpu_count": 2}
+    assert on_gpus(SETTINGS["gpu-fp16"], "all", two).gpus == 2 and on_gpus(SETTINGS["cpu-fp32"], "all", two).gpus == 1
+    assert not why_not(on_gpus(SETTINGS["gpu-int4"], 2, two), two)
+    assert "3 GPUs are asked for, and 2" in why_not(on_gpus(SETTINGS["gpu-fp16"], 3, two), two)
+    assert "on one GPU only" in why_not(on_gpus(SETTINGS["gpu-int4-torchao"], 2, two), two)
+    for key, gpus in (("cpu-fp32", 2), ("gpu-fp16-offload", 2), ("gpu-fp16", 0), ("gpu-fp16", "two"), ("gpu-fp16", True)):
+        with pytest.raises(ValueError, match="runs on no 2 GPUs|gpus must be"):
+            on_gpus(SETTINGS[key], gpus, two)
+
+
 def test_without_bitsandbytes_its_settings_say_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     reasons = {key: why_not(row, T4) for key, row in SETTINGS.items()}
@@ -63,7 +74,7 @@ def test_twins_store_the_same_bytes(gpu, cpu):
 def test_what_is_quantised_is_all_but_the_plain_dtypes():
     """A checkpoint as it is stored is one of them: it is nobody's unquantised baseline."""
     assert {key for key, row in SETTINGS.items() if not row.quantised} == {
-        "cpu-fp32", "gpu-fp32", "gpu-fp16", "gpu-bf16", "cpu-bf16"}
+        "cpu-fp32", "gpu-fp32", "gpu-fp16", "gpu-bf16", "gpu-fp16-offload", "cpu-bf16"}
 
 
 def test_every_setting_has_a_quantiser_and_a_family_of_colours_without_torch():

@@ -84,15 +84,18 @@ def estimates(model: str | os.PathLike, on: str | dict | None = None, run: Run |
     for row in SETTINGS.values():
         if (row.quantisation == "stored") != bool(own) or row.quantisation == "gguf" or on and row.device == "cpu":
             continue
-        size, weights, space = ITEMSIZE[row.dtype], weights_estimate(shapes, row), free.get(row.device, math.nan)
+        size, weights = ITEMSIZE[row.dtype], weights_estimate(shapes, row)
+        space, there = (free.get(device, math.nan) for device in ("cpu" if row.offload else row.device, row.device))
         # what is quantised takes the same in any dtype: the difference of two is what is not
         wide, narrow = (weights_estimate(shapes, replace(row, dtype=dtype)) for dtype in ("float32", "float16"))
+        held = 0 if row.offload else weights  # of the memory that the cache is in
         step = weights - size * (unread + tied * find_quantiser(row.quantisation).takes_head)
         full = (needed := load_estimate(shapes, row)) > space
         why = f"{needed / 1e9:.2f} GB to load it, {space / 1e9:.2f} GB are free" if full else None
-        room = math.inf if cache == 0 else 0.0 if full else (space - weights) // (cache * size)
+        room = math.inf if cache == 0 else 0.0 if full else (there - held) // (cache * size)
         made.append(Estimate(row, weights, (wide - narrow) // 2 * size, step, cache * size, room,
-                             context_length(config) or math.inf, step / rates.get(row.device, math.nan),
+                             context_length(config) or math.inf,
+                             math.nan if row.offload else step / rates.get(row.device, math.nan),
                              why_not(row, facts) or why))
     return made
 

@@ -27,6 +27,8 @@ class Graph:
 
     @staticmethod
     def why_not(lm: LoadedModel) -> str | None:
+        if lm.setting.gpus > 1 or lm.setting.offload:
+            return "a step that crosses from one device to another is not captured"
         if not getattr(lm.model, "_can_compile_fullgraph", False):
             return f"transformers has no static cache for {type(lm.model).__name__}"
         cache = StaticCache(config=lm.model.config, max_cache_len=64)

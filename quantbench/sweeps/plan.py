@@ -16,7 +16,7 @@ from quantbench.labels import cells
 from quantbench.loading import why_not
 from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
-from quantbench.settings import BASELINES, FILES_OWN, SETTINGS, Setting, Workload, find_setting
+from quantbench.settings import BASELINES, FILES_OWN, SETTINGS, Setting, Workload, find_setting, on_gpus
 from quantbench.tokens import OverLength, check_context
 from quantbench.weights import Source, check_name, find
 
@@ -37,7 +37,8 @@ class Cell:
     def row(self, status: str, reason: str | None) -> Measurement:
         """The measurement of a cell that gave no samples."""
         return Measurement(
-            model=self.model, setting=self.setting.key, engine=self.engine, status=status, reason=reason,
+            model=self.model, setting=self.setting.key, gpus=self.setting.gpus, engine=self.engine, status=status,
+            reason=reason,
             revision=self.source and self.source.revision, weights=self.source and self.source.weights,
             prompt=self.workload.prompt, prompt_length=self.workload.prompt_tokens, depth=self.workload.depth,
             cache=self.workload.cache, batch_size=self.workload.batch_size, max_new_tokens=self.workload.max_new_tokens,
@@ -49,9 +50,9 @@ class Cell:
         return self.row("failed", None).key
 
     @property
-    def seat(self) -> tuple[str, str]:
+    def seat(self) -> tuple[str, int, str]:
         """A model's cells that share it are measured in the same process, one workload after the other."""
-        return self.setting.key, self.engine
+        return self.setting.key, self.setting.gpus, self.engine
 
     @property
     def title(self) -> str:
@@ -60,13 +61,16 @@ class Cell:
 
 
 def plan(models: object, settings: object, engines: object, workloads: list[Workload],
-         weights: str | None) -> list[Cell]:
+         weights: str | None, gpus: object = 1) -> list[Cell]:
     """Every cell once, in groups of one model and workload: what is compared stands together. Raises ValueError for a
     mistake in an argument, before anything is loaded."""
     names, engines = dict.fromkeys(check_name(one, weights) for one in many(models)), dict.fromkeys(many(engines))
     if settings == "all":
         settings = [key for key, row in SETTINGS.items() if row.quantisation not in FILES_OWN and not why_not(row)]
-    reasons = {row: why_not(row) for row in map(find_setting, many(settings))}
+    asked, facts = [find_setting(key) for key in many(settings)], machine.facts()
+    rows = [on_gpus(row, number, facts) for row in asked
+            for number in (many(gpus) if row.device == "cuda" and not row.offload else [1])]
+    reasons = {row: why_not(row) for row in rows}
     for engine in engines:
         find_engine(engine)
     cells = []

@@ -145,8 +145,8 @@ def _fit(cells: list[Cell]) -> bool:
         shapes = None if config is None else on_meta(config)
         for setting in (cell.setting for cell in seats.values()):
             needed["cpu"] += PROCESS_BYTES[setting.device]
-            needed[setting.device] += load_estimate(shapes, setting) if shapes is not None else \
-                8 * cells[0].source.gguf.stat().st_size
+            size = load_estimate(shapes, setting) if shapes is not None else 8 * cells[0].source.gguf.stat().st_size
+            needed["cpu" if setting.offload else setting.device] += size // setting.gpus  # of the first, the fullest
     except Exception:  # each cell's own load will say what is wrong
         return True
     return all(count <= machine.free_bytes(device) for device, count in needed.items())

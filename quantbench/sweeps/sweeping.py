@@ -23,11 +23,11 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
           *, prompt: str = PROMPT, batch_size: int | Iterable[int] = 1, repeats: int | None = None,
           prompt_tokens: int | Iterable[int] | None = None, depth: int | Iterable[int] = 0,
           cache: str | Iterable[str] = "default", budget_s: float = 30.0, engine: str | Iterable[str] = "eager",
-          trace: bool = False, weights: str | None = None, run: Run | None = None, executor: object = None,
-          timeout_s: float = 900.0, retry: bool = False, stop: threading.Event | None = None,
+          gpus: int | str | Iterable[int] = 1, trace: bool = False, weights: str | None = None, run: Run | None = None,
+          executor: object = None, timeout_s: float = 900.0, retry: bool = False, stop: threading.Event | None = None,
           progress: bool | std_tqdm = True) -> Iterator[Measurement]:
-    """Measure every model under every setting ("all": that this machine can run), engine, length, batch size,
-    `prompt_tokens`, `depth` and `cache` (see `Workload`), in rounds; yield each measurement.
+    """Measure every model under every setting ("all": that this machine can run), engine, number of GPUs (where more
+    than one can be), and what else a `Workload` says, in rounds; yield each measurement.
 
     All settings and engines of a model and workload take one sample each per round, in random order, each in a process
     of its own that stays loaded (models that do not fit together are loaded in turn): their ratios are of the same
@@ -43,11 +43,10 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
     takes a model's cells as one job for one worker (Dask's have one each; where a setting needs a GPU, those that offer
     the resource GPU): rows come, and reach `run`, when a model ends, and what a lost worker had is `crashed`.
 
-    Raises ValueError at once, before anything is loaded, for a mistake in any argument.
-    """
+    Raises ValueError at once, before anything is loaded, for a mistake in any argument."""
     axes = map(many, (max_new_tokens, batch_size, prompt_tokens, depth, cache))
     workloads = [Workload(prompt, length, batch, repeats, budget_s, *rest) for length, batch, *rest in product(*axes)]
-    cells = plan(models, settings, engine, workloads, weights)
+    cells = plan(models, settings, engine, workloads, weights, gpus)
     if executor not in (None, "inline") and not hasattr(executor, "submit"):
         raise ValueError(unknown("executor", executor, ("inline",)))
     if not timeout_s > 0:

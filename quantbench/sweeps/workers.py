@@ -53,10 +53,11 @@ class Jobs:
         """One model after the other, until none waits or the worker is gone or stuck; nothing while that works. What is
         lost is said, and not tried again unasked."""
         for cells in models:
-            axes = [list(dict.fromkeys(axis)) for axis in zip(*((c.setting.key, c.engine, c.workload) for c in cells))]
+            asked = [(one.setting.key, one.engine, one.workload, one.setting.gpus) for one in cells]
+            axes = [list(dict.fromkeys(axis)) for axis in zip(*asked)]
             ask = [worker, told, time.monotonic() + self.timeout_s * len(cells)]
             try:
-                cells = yield from self._ask(*ask, plan, cells[0].model, *axes, self.weights)
+                cells = yield from self._ask(*ask, plan, cells[0].model, *axes[:3], self.weights, axes[3])
                 if todo := self._lacking(cells):
                     yield (yield from self._ask(*ask, measure_here, todo, self.trace))
             except Exception as error:  # what the worker could not do, or it is gone, or the executor itself

@@ -30,6 +30,9 @@ def limits(device: str | None = None) -> Limits:
     wide = torch.ones(min(READ_BYTES[device], machine.free_bytes(device) // 4) // 2**16, 2**14, device=device)
     reads = (wide.sum, partial(linear, torch.ones(1, 2**14, device=device), wide))
     works = [("read", wide.nbytes, work) for work in reads] + list(_products(device))
+    if device == "cuda":
+        host = torch.ones(2**28, dtype=torch.uint8, pin_memory=True)
+        works.append(("bus", host.nbytes, lambda: (host.cuda(non_blocking=True), torch.cuda.synchronize())))
     rates: dict[str, float] = {}
     for name, amount, work in ROUNDS * works:
         timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
@@ -39,7 +42,8 @@ def limits(device: str | None = None) -> Limits:
     machine.release(device)
     facts = machine.facts()
     return Limits(device=device, name=facts["gpu" if device == "cuda" else "cpu"], machine=facts,
-                  versions=machine.versions(), read_bytes_per_s=rates.pop("read"), matrix_flops_per_s=rates)
+                  versions=machine.versions(), read_bytes_per_s=rates.pop("read"),
+                  bus_bytes_per_s=rates.pop("bus", None), matrix_flops_per_s=rates)
 
 
 def _products(device: str) -> Iterator[tuple[str, int, Callable[[], object]]]:

@@ -23,6 +23,7 @@ class Limits(Subject):
     name: Name
     read_bytes_per_s: Annotated[float, Field(gt=0)]
     matrix_flops_per_s: Annotated[dict[Name, Annotated[float, Field(gt=0)]], Many]
+    bus_bytes_per_s: Annotated[float, Field(gt=0)] | None = None  # from the host's memory to a GPU
     measured_at: Name = field(default_factory=now)
     machine: Machine = field(default_factory=dict)
     versions: Versions = field(default_factory=dict)
@@ -54,7 +55,8 @@ def floor(row: Measurement, limits: Limits | None, part: str = "step") -> Floor 
 
     Both read the weights once for the whole batch, and the KV cache: a step at its mean length. Products are 2
     operations per weight and token: in a prefill without the head, which it needs for the last token alone. Their rate
-    is the better one of the weights' dtype and the arithmetic's.
+    is the better one of the weights' dtype and the arithmetic's. Offloaded weights cross the bus, all in every pass.
+    GPUs that share the layers read one after the other: their number changes nothing.
     """
     audit, names = row.audit or {}, ("step_bytes", "step_products", "kv_bytes_per_token", "embedding_bytes")
     reads, products, cache, tables = map(audit.get, names)
@@ -67,6 +69,8 @@ def floor(row: Measurement, limits: Limits | None, part: str = "step") -> Floor 
         reads += row.batch_size * row.depth * cache
         products = row.prompt_tokens * max(products - tables / ITEMSIZE.get(audit.get("compute_dtype"), 2), 0)
     rates = [limits.matrix_flops_per_s.get(audit.get(name), 0) for name in ("storage_dtype", "compute_dtype")]
+    if crossing := audit.get("crossing_bytes"):
+        return Floor(crossing, crossing / limits.bus_bytes_per_s, 0.0) if limits.bus_bytes_per_s else None
     compute_s = 2 * row.batch_size * products / max(rates) if any(rates) else 0.0
     return Floor(reads, reads / limits.read_bytes_per_s, compute_s)
 

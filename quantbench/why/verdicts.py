@@ -30,6 +30,7 @@ STEP = FIGURES["step_ms"]
 NUMBERS = {STEP: 2, "Reads (MB)": 0, "Floor (ms)": 2, "MBU": 2, "Kernels/step": 0,
            **{column: 0 for column, _ in SHARES.values()}}  # column -> decimals
 NEEDED = "it takes qb.limits() in the run and a trace (sweep's trace=True)"
+IN_TURN = "its GPUs work in turn, one while the others wait"
 FITS = 1.1  # a trace's work, of the time without a profiler: it stretches what it watches
 
 
@@ -97,7 +98,8 @@ def _record(cell: Cell, limits: Limits | None) -> dict:
     step, prefill = found.values()
     record = {"Model": cell.title, "Setting": cell.setting, "Workload": cell.workload, STEP: row.step_ms,
               "Kernels/step": ((row.trace or {}).get("step") or {}).get("kernels"), "Verdict": step.kind,
-              "Prefill": prefill.kind, "Note": "; ".join(errors) or ("" if step.kind else NEEDED)}
+              "Prefill": prefill.kind,
+              "Note": "; ".join(errors) or (NEEDED if not step.kind else IN_TURN * (row.gpus > 1))}
     if least:
         record |= {"Reads (MB)": least.bytes / 1e6, "Floor (ms)": 1000 * least.seconds,
                    "MBU": row.step_ms and 1000 * least.read_s / row.step_ms}
@@ -111,7 +113,7 @@ def explain(run: Iterable[Measurement]) -> Findings:
     for row in table[table["Verdict"] != ""].to_dict("records"):
         causes = [SHARES[share] for share in CAUSES[row["Verdict"]]]
         most = listed([f"{words} ({row[column]:.0f}%)" for column, words in causes if row[column] >= 5])
-        prefill = f"; its prefill is {row['Prefill']}" if row["Prefill"] else f" ({row['Note']})" if row["Note"] else ""
+        prefill = f"; its prefill is {row['Prefill']}" * bool(row["Prefill"]) + f" ({row['Note']})" * bool(row["Note"])
         said.append(f"{row['Model']}, {row['Setting']}, {row['Workload']}: {row['Verdict']}{prefill}. A step "
                     f"({row[STEP]:.2f} ms) is above all {most}; its floor is {row['Floor (ms)']:.2f} ms "
                     f"({row['Reads (MB)']:.0f} MB are read).")
