@@ -19,9 +19,9 @@ from quantbench.wording import cut
 INK, GREY = "#222222", "#6B6B6B"
 SMALL, TEXT, TITLE = 8, 9, 12  # points
 _HUES = {  # one per width of the weights, told apart by colour-blind readers too, and a shade per setting within it
-    "fp32": ("#0072B2", "#56B4E9", "#9CC9E8"), "16": ("#009E73", "#66C2A5", "#2F7D6B", "#A6D96A", "#4D9221"),
+    "fp32": ("#0072B2", "#56B4E9", "#9CC9E8"), "16": ("#009E73", "#66C2A5", "#2F7D6B", "#A6D96A", "#4D9221", "#C5DDB0"),
     "int8": ("#D55E00", "#F0A04B", "#A65628", "#E6B422", "#C4391D", "#F2C9A1", "#7A3B10"),
-    "int4": ("#8E4585", "#C77CB5", "#5B3F8C", "#9A86C9", "#D6A8E0", "#3D2A5F", "#B5487E")}
+    "int4": ("#8E4585", "#C77CB5", "#5B3F8C", "#9A86C9", "#D6A8E0", "#3D2A5F", "#B5487E", "#6E2BB8")}
 
 
 class Bar(NamedTuple):

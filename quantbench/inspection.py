@@ -37,7 +37,7 @@ def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
     those that a token uses; `step_products` how many weights it multiplies by. To be called right after load:
     bitsandbytes repacks weights in its first forward.
     """
-    owners, classes, left, kept, total, sizes, details = _looked_through(model)
+    owners, classes, left, kept, total, gpus, sizes, details = _looked_through(model)
     told = details[0] if details else {}
     return {
         "quantiser": ", ".join(sorted(owners)) or "none", "quantised": owners.total(),
@@ -46,15 +46,16 @@ def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
         "step_products": sizes["products"], "kv_bytes_per_token": kv_bytes_per_token, "left": dict(left),
         "kept": dict(kept), "storage_dtype": told.get("storage_dtype", name_of(model.dtype)),
         "compute_dtype": told.get("compute_dtype", name_of(model.dtype)), "bytes": dict(total),
+        "gpu_bytes": [gpus[number] for number in sorted(gpus)] if len(gpus) > 1 else None,
         "details": told if len(details) < 2 else {"mixed": str(details)[:500]},
     }
 
 
 def _looked_through(model: nn.Module) -> tuple:
-    """Of all modules: quantised ones by way and by class, left and kept ones by class; bytes by dtype and by use; and
-    the different details of the quantised ones."""
+    """Of all modules: quantised ones by way and by class, left and kept ones by class; bytes by dtype, by GPU and
+    by use; and the different details of the quantised ones."""
     head, share = model.get_output_embeddings(), _experts_used(model.config)
-    owners, classes, left, kept, total, sizes = (Counter() for _ in range(6))
+    owners, classes, left, kept, total, gpus, sizes = (Counter() for _ in range(7))
     seen, details, ways = set(), [], sorted(QUANTISERS, key=lambda key: key == "stored")  # it owns what no other does
     for module in model.modules():
         owner = next((key for key in ways if QUANTISERS[key].owns(module)), None)
@@ -62,6 +63,7 @@ def _looked_through(model: nn.Module) -> tuple:
         size = sum(one.nbytes for one in tensors)
         for one in tensors:
             total[name_of(one.dtype)] += one.nbytes
+            gpus[one.device.index or 0] += one.nbytes
         sizes["products"] += _products(module, share)
         sizes["unread"] += sum(int(one.nbytes * (1 - share)) for one in tensors if _is_experts(module, one))
         if owner is not None:
@@ -77,7 +79,7 @@ def _looked_through(model: nn.Module) -> tuple:
             left[module._get_name()] += 1
         elif any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
             kept[module._get_name()] += 1
-    return owners, classes, left, kept, total, sizes, details
+    return owners, classes, left, kept, total, gpus, sizes, details
 
 
 def check(found: dict, setting: Setting) -> None:

@@ -57,8 +57,8 @@ def cells(run: Iterable[Measurement]) -> list[Cell]:
     real = {row.model for row in rows if row.weights not in (None, "random")}
     random = {row.model for row in rows if row.weights == "random"} - real
     for row in rows:
-        seen[place := (row.model, row.weights == "random", row.setting, row.machine_name, row.engine, row.work)] += 1
         setting = row.setting_label + f" · {row.engine}" * (row.engine != "eager")
+        seen[place := (row.model, row.weights == "random", setting, row.machine_name, row.work)] += 1
         setting += f" ({seen[place]})" * (seen[place] > 1)
         work = f"{row.max_new_tokens} tokens" + f", batch {row.batch_size}" * (row.batch_size != 1)
         work += f", prompt of {row.prompt_length}" * bool(row.prompt_length) + f", depth {row.depth}" * bool(row.depth)

@@ -44,7 +44,7 @@ class LoadedModel:
         self.status, self.reason = "ok", None
         self.weights = self.revision = None
         self.model = self.tokenizer = self.audit = self.weights_bytes = None
-        self.load_s = self.load_peak_bytes = self.gpu_weights_bytes = None
+        self.load_s = self.load_peak_bytes = None
         self.held_before_bytes = self.held_after_bytes = self.device_before_bytes = None
 
     def encode(self, prompt: str, batch_size: int = 1) -> dict[str, torch.Tensor]:
@@ -167,7 +167,6 @@ def _load_timed(lm: LoadedModel, source: Source, folder: Path, config: Pretraine
     machine.release(lm.device)
     lm.held_before_bytes = machine.held_bytes(lm.device)
     lm.device_before_bytes = machine.device_bytes(lm.setting.gpus)
-    before = machine.held_by_gpu(lm.setting.gpus)
     has_peak = machine.reset_peak(lm.device)
     start = time.perf_counter()
     others = quantisers.find_quantiser(lm.setting.quantisation).read(source, config, context_length(config))
@@ -175,7 +174,6 @@ def _load_timed(lm: LoadedModel, source: Source, folder: Path, config: Pretraine
     machine.synchronize(lm.device)
     lm.load_s = time.perf_counter() - start
     lm.held_after_bytes = machine.held_bytes(lm.device)
-    lm.gpu_weights_bytes = [now - then for now, then in zip(machine.held_by_gpu(lm.setting.gpus), before)] or None
     lm.load_peak_bytes = machine.peak_bytes(lm.device) - lm.held_before_bytes if has_peak else None
 
 

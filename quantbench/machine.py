@@ -79,11 +79,6 @@ def held_bytes(device: str) -> int:
     return psutil.Process().memory_info().rss
 
 
-def held_by_gpu(gpus: int) -> list[int]:
-    """The same on each of several GPUs; nothing of one alone."""
-    return [torch.cuda.memory_allocated(gpu) for gpu in range(gpus)] if gpus > 1 else []
-
-
 def device_bytes(gpus: int = 1) -> int | None:
     """Bytes in use on the whole of so many GPUs, by every process and CUDA's contexts; None without a GPU."""
     if not torch.cuda.is_available():

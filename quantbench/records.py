@@ -121,8 +121,7 @@ class Measurement(Subject):
     vram_reserved_bytes: int | None = None
     vram_device_bytes: int | None = None
     ram_peak_bytes: int | None = None
-    gpu_weights_bytes: Annotated[list[Count], Many] | None = None  # of each, where there are several
-    gpu_peak_bytes: Annotated[list[Count], Many] | None = None  # allocated in this process
+    gpu_peak_bytes: Annotated[list[Count], Many] | None = None  # of each, where there are several: of this process
     gpu_busy: Annotated[list[Amount | None], Many] | None = None  # share of the last sample's last moments
     cache_bytes: Count | None = None  # after a generation; where generate made and dropped the cache, by the audit
     audit: Audit | None = None

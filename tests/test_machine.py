@@ -69,7 +69,7 @@ def test_meters_read_the_gpu_or_the_part_of_one_that_torch_has(monkeypatch, kind
     for name, does in fake.items():
         monkeypatch.setattr(pynvml, f"nvml{name}", does)
     machine._gpu.cache_clear()
-    assert machine._gpu() == f"{kind}-1234" and machine.energy_j("cuda") == joules and machine.energy_j("cpu") is None
+    assert machine._gpu(0) == f"{kind}-1234" and machine.energy_j("cuda") == joules and machine.energy_j("cpu") is None
     machine._gpu.cache_clear()
 
 

@@ -24,7 +24,7 @@ PART = {"calls": 1, "device_s": 0.5, "kernels": 3.0, "kinds": {"products": 0.5}}
 FULL = dataclasses.replace(
     ROW, revision="seed 0", engine="graph", prompt="né\n\u2028", prompt_length=3, status="timeout", reason="x", prepare_s=1.0,
     sampled_at=[1.5] * 6, others_busy=[0.0] * 6, text="", held_before_bytes=1, load_peak_bytes=-1, vram_reserved_bytes=2,
-    vram_device_bytes=3, ram_peak_bytes=4, gpu_weights_bytes=[1, 2],
+    vram_device_bytes=3, ram_peak_bytes=4,
     gpu_peak_bytes=[3, 4], gpu_busy=[0.5, None], cache="static", cache_bytes=5, trace={"prefill": PART, "step": PART},
     conditions={"before": {"gpu_busy": 0.5, "throttled": ["power cap"]}, "after": {}, "no_energy": None})
 QUALITY = qb.Quality(model="gpt2", setting="gpu-int4", text="t", tokens=9, perplexity=2.0, kl_mean=0.1, kl_ci=(0.0, 0.2))
