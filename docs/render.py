@@ -170,17 +170,17 @@ def tables() -> str:
     """Markdown of every machine: findings, charts and tables; then what is known of quality, and why."""
     parts = []
     for name in dict.fromkeys([*published(), *published("quality")]):
-        if (run := published().get(name)) is None:
-            parts += [f"## {first(published('quality')[name]).machine_name}", *quality(name)]
-            continue
-        here = first(run).machine_name
-        parts += [f"## {here}", made_by(f"{name}.jsonl", run), qb.findings(run)._repr_markdown_(),
-                  picture(name, "throughput", f"Tokens per second of every setting on {here}"),
-                  picture(name, "memory", f"Memory of every setting on {here}"),
-                  folded("Every row", qb.markdown(row for row in run if row.status == "ok"))]
+        run = published().get(name)
+        here = first(run or published("quality")[name]).machine_name
+        parts += [f"## {here}"] + ([] if run is None else [
+            made_by(f"{name}.jsonl", run), qb.findings(run)._repr_markdown_(),
+            picture(name, "throughput", f"Tokens per second of every setting on {here}"),
+            picture(name, "memory", f"Memory of every setting on {here}"),
+            folded("Every row", qb.markdown(row for row in run if row.status == "ok"))])
         parts += quality(name)
         parts += why(name, published("why")[name]) if name in published("why") else []
-        parts += methods(name, published("methods")[name]) if name in published("methods") else []
+        parts += beside("methods", "Which library quantises", name, "decode")
+        parts += beside("gpus", "One GPU and two", name, "decode", "prefill")
     return "\n\n".join(parts)
 
 
@@ -206,14 +206,18 @@ def why(name: str, run: qb.Run) -> list[str]:
             picture(name, "scaling", f"Tokens per second over the unquantised setting's, on {here}")])
 
 
-def methods(name: str, run: qb.Run) -> list[str]:
-    """Markdown of the ways of quantising beside each other: rates of decode, by rounds over the unquantised one's."""
+def beside(folder: str, title: str, name: str, *figures: str) -> list[str]:
+    """Markdown of one comparison on a machine: its rates over the unquantised setting's, by rounds; and every row."""
+    if (run := published(folder).get(name)) is None:
+        return []
     base = next(key for key in ("gpu-bf16", *BASELINES) if any(row.setting == key for row in run))
-    ratios = qb.ratios(run, base, "decode_tokens_per_s").reset_index(drop=True)
-    caption = [f"Decode tokens/sec over {qb.SETTINGS[base].label}, eager", first(run).machine_name]
-    told = Table(ratios.drop(columns="Model"), caption, decimals={"Ratio": 2, "Low": 2, "High": 2, "Rounds": 0})
-    return ["### Which library quantises", made_by(f"methods/{name}.jsonl", run), told.markdown(),
-            folded("Every row", qb.markdown(run))]
+    parts = [f"### {title}", made_by(f"{folder}/{name}.jsonl", run)]
+    for figure in figures:
+        ratios = qb.ratios(run, base, f"{figure}_tokens_per_s").reset_index(drop=True)
+        caption = [f"{figure.title()} tokens/sec over {qb.SETTINGS[base].label}, eager", first(run).machine_name]
+        told = Table(ratios.drop(columns="Model"), caption, decimals={"Ratio": 2, "Low": 2, "High": 2, "Rounds": 0})
+        parts.append(told.markdown())
+    return [*parts, folded("Every row", qb.markdown(run))]
 
 
 def reference() -> str:

@@ -74,9 +74,9 @@ class Timed:
         self.facts = {name: getattr(lm, name) for name in (
             "revision", "weights", "load_s", "weights_bytes", "held_before_bytes", "load_peak_bytes", "audit")} | {
             "model": lm.name, "setting": lm.setting.key, "gpus": lm.setting.gpus, "engine": engine,
-            "prompt": workload.prompt, "prompt_length": workload.prompt_tokens, "depth": workload.depth, "cache": workload.cache,
-            "batch_size": workload.batch_size, "max_new_tokens": workload.max_new_tokens, "machine": machine.facts(),
-            "versions": machine.versions()}
+            "prompt": workload.prompt, "prompt_length": workload.prompt_tokens, "depth": workload.depth,
+            "cache": workload.cache, "batch_size": workload.batch_size, "max_new_tokens": workload.max_new_tokens,
+            "machine": machine.facts(), "versions": machine.versions()}
         if self.ended:
             return
         if lm.model is None:

@@ -75,6 +75,6 @@ def test_meters_read_the_gpu_or_the_part_of_one_that_torch_has(monkeypatch, kind
 
 def test_the_plan_for_many_gpus_is_what_its_code_prints(capsys):
     text = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
-    code, table = re.search(r"```python\n(.*?)```\n\n(\|.*?)\n\n", text, re.DOTALL).groups()
+    code, table = re.search(r"```python\n((?:(?!```).)*)```\n\n(\|.*?)\n\n", text, re.DOTALL).groups()
     exec(code, {})
     assert capsys.readouterr().out.strip() == table
