@@ -176,7 +176,7 @@ def tables() -> str:
             made_by(f"{name}.jsonl", run), qb.findings(run)._repr_markdown_(),
             picture(name, "throughput", f"Tokens per second of every setting on {here}"),
             picture(name, "memory", f"Memory of every setting on {here}"),
-            folded("Every row", qb.markdown(row for row in run if row.status == "ok"))])
+            folded("Every row", qb.show(row for row in run if row.status == "ok").markdown())])
         parts += quality(name)
         parts += why(name, published("why")[name]) if name in published("why") else []
         parts += beside("methods", "Which library quantises", name, "decode")
@@ -217,7 +217,7 @@ def beside(folder: str, title: str, name: str, *figures: str) -> list[str]:
         caption = [f"{figure.title()} tokens/sec over {qb.SETTINGS[base].label}, eager", first(run).machine_name]
         told = Table(ratios.drop(columns="Model"), caption, decimals={"Ratio": 2, "Low": 2, "High": 2, "Rounds": 0})
         parts.append(told.markdown())
-    return [*parts, folded("Every row", qb.markdown(run))]
+    return [*parts, folded("Every row", qb.show(run).markdown())]
 
 
 def reference() -> str:

@@ -17,7 +17,7 @@ _HOME = {  # module -> its public names; none has the name of a module
     "loading": ("load", "LoadedModel"),
     "inspection": ("AuditError",),
     "timing": ("generate",),
-    "tables": ("table", "show", "markdown", "machine_table"),
+    "tables": ("table", "show", "machine_table"),
     "charts": ("plot_throughput", "plot_lengths", "plot_latency", "plot_vram"),
     "conclusions": ("findings", "ratios"),
     "saving": ("save",),

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Iterable
-from itertools import cycle
+from itertools import accumulate, cycle, groupby
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -18,6 +18,7 @@ from quantbench.wording import cut
 
 INK, GREY = "#222222", "#6B6B6B"
 SMALL, TEXT, TITLE = 8, 9, 12  # points
+MOST = 12  # bars in a panel
 _HUES = {  # one per width of the weights, told apart by colour-blind readers too, and a shade per setting within it
     "fp32": ("#0072B2", "#56B4E9", "#9CC9E8"), "16": ("#009E73", "#66C2A5", "#2F7D6B", "#A6D96A", "#4D9221", "#C5DDB0"),
     "int8": ("#D55E00", "#F0A04B", "#A65628", "#E6B422", "#C4391D", "#F2C9A1", "#7A3B10"),
@@ -40,7 +41,8 @@ Panels = dict[tuple[str, str], dict[str, list[Bar]]]  # (model, title) -> label 
 
 class Chart(NamedTuple):
     """A chart as one entry: its tab in the panel, its title, and which figures of a row it draws: a value, its
-    interval, a part of it (drawn alone where there is no value). `together`: a model's workloads share a panel."""
+    interval, a part of it (drawn alone where there is no value). `together`: a model's workloads share a panel; `best`
+    of two values comes first."""
 
     tab: str
     title: str
@@ -48,6 +50,7 @@ class Chart(NamedTuple):
     interval: str = ""
     inside: str = ""
     together: bool = False
+    best: Callable = min
 
     def bar(self, cell: Cell) -> Bar:
         value, interval, inside = (getattr(cell.row, name, None) for name in (self.value, self.interval, self.inside))
@@ -58,14 +61,15 @@ class Chart(NamedTuple):
     def plot(self, run: Iterable[Measurement]) -> Figure:
         """Draw every cell of a run. Raises ValueError for no rows and for rows of two machines."""
         named, machine = checked(run)
-        panels = facets(named, self.bar, self.together)
+        panels = facets(named, self.bar, self.together, self.best)
         return draw(self.title, machine, panels, FIGURES[self.value], not_here(named))
 
 
 CHARTS: dict[str, Chart] = {  # by the name of its file
-    "throughput": Chart("Tokens/sec", "Tokens per second, higher is faster", "tokens_per_s", "tokens_per_s_ci"),
+    "throughput": Chart("Tokens/sec", "Tokens per second, higher is faster", "tokens_per_s", "tokens_per_s_ci",
+                        best=max),
     "lengths": Chart("Lengths", "Tokens per second by number of new tokens", "tokens_per_s", "tokens_per_s_ci",
-                     together=True),
+                     together=True, best=max),
     "latency": Chart("Latency", "Latency, lower is faster", "latency_s", "latency_ci"),
     "vram": Chart("Memory", "Weights (dark) of peak VRAM (light), GB", "vram_gb", inside="weights_gb"),
 }
@@ -79,14 +83,30 @@ def checked(run: Iterable[Measurement]) -> tuple[list[Cell], str]:
     return named, machine_of(cell.row for cell in named)
 
 
-def facets(named: list[Cell], bar: Callable[[Cell], Bar], together: bool = False) -> Panels:
-    """A panel per model and workload (`together`: per model); `bar` draws a measured cell. What cannot run on this
-    machine is left out: `not_here` says it."""
+def facets(named: list[Cell], bar: Callable[[Cell], Bar], together: bool = False, best: Callable = min) -> Panels:
+    """A panel per model and workload (`together`: per model), the best setting first; `bar` draws a measured cell. What
+    cannot run on this machine is left out: `not_here` says it."""
     panels: Panels = {}
     for cell in [cell for cell in named if cell.row.status != "unavailable"] or named:
         bars = panels.setdefault((cell.title, cell.title if together else f"{cell.title} · {cell.workload}"), {})
         bars.setdefault(cell.setting, []).append(bar(cell) if cell.measured else Bar(cell, None, cell.status))
-    return panels
+
+    def rank(item: tuple[str, list[Bar]]) -> tuple[bool, float]:
+        values = [bar.value for bar in item[1] if bar.value is not None]
+        return not values, (1 if best is min else -1) * best(values, default=0)
+
+    return {place: dict(sorted(panel.items(), key=rank)) for place, panel in panels.items()}
+
+
+def _split(panels: Panels) -> Panels:
+    """The panels with at most MOST bars each, for a phone's width: of more settings, the next ones follow."""
+    found: Panels = {}
+    for (model, name), panel in panels.items():
+        bars = accumulate(map(len, panel.values()))
+        parts = [dict(part) for _, part in groupby(panel.items(), lambda _: (next(bars) - 1) // MOST)]
+        found |= {(model, f"{name} · {number} of {len(parts)}" if parts[1:] else name): part
+                  for number, part in enumerate(parts, start=1)}
+    return found
 
 
 def not_here(named: list[Cell]) -> str:
@@ -105,6 +125,7 @@ def colour_of(key: str) -> str:
 
 def draw(title: str, subtitle: str, panels: Panels, axis: str, note: str = "") -> Figure:
     """Draw the panels, and under them subtitle, what the lines are, and the note; closed for pyplot: shown once."""
+    panels = _split(panels)
     drawn = [bar for panel in panels.values() for bars in panel.values() for bar in bars]
     columns = 1 if len(panels) == 1 or max(len(bar.text) for bar in drawn) > 24 else 2
     if any(bar.interval for bar in drawn):

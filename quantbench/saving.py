@@ -7,7 +7,7 @@ from pathlib import Path
 from quantbench.charts import CHARTS
 from quantbench.conclusions import findings
 from quantbench.results import Run, write_whole
-from quantbench.tables import markdown, table
+from quantbench.tables import show, table
 
 _FORMULA = tuple("=+-@\t\r")  # what a spreadsheet would compute, if it were not kept a text
 
@@ -22,7 +22,7 @@ def save(run: Run, folder: str | os.PathLike) -> list[Path]:
         raise ValueError("nothing to save: no setting was measured")
     csv = table(run).reset_index().map(lambda value: f"'{value}" if str(value).startswith(_FORMULA) else value)
     files = {"table.csv": csv.to_csv(index=False).encode("utf-8-sig"),
-             "table.md": f"{markdown(run)}\n{findings(run)._repr_markdown_()}\n".encode()}
+             "table.md": f"{show(run).markdown()}\n{findings(run)._repr_markdown_()}\n".encode()}
     for name, chart in CHARTS.items():
         picture = io.BytesIO()
         chart.plot(run).savefig(picture, format="png", dpi=160)

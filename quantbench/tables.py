@@ -102,11 +102,6 @@ def show(run: Iterable[Measurement]) -> Tables:
     return Tables(map(_shown, groups.values()))
 
 
-def markdown(run: Iterable[Measurement]) -> str:
-    """The same tables as GitHub Markdown, with everything from the data escaped."""
-    return show(run).markdown()
-
-
 def machine_table(facts: dict, versions: dict | None = None) -> Tables:
     """What `machine.facts()` and `machine.versions()` say, in words."""
     known = {"gpu": "none that this PyTorch can use"} | {name: fact for name, fact in facts.items() if fact is not None}

@@ -51,6 +51,16 @@ def test_what_cannot_run_here_is_a_line_below_and_what_failed_keeps_its_place():
         CHARTS["throughput"].plot([])
 
 
+@pytest.mark.parametrize("name, faster", [("throughput", -1), ("latency", 1)])
+def test_the_best_stands_first_and_no_panel_has_more_than_twelve_bars(name, faster):
+    rows = [dataclasses.replace(row, latencies_s=[1.0 + place % 7] * 6) for place, row in enumerate(RUN[::2])]
+    panels = {ax.get_title(loc="left"): [bar.get_width() for bar in ax.patches[::2]]  # each has its part after it
+              for ax in CHARTS[name].plot(rows).axes if ax.has_data()}
+    assert max(map(len, panels.values())) <= 12 and sum(map(len, panels.values())) == len(rows)
+    drawn = panels["GPT-2 · 128 tokens · 1 of 2"] + panels["GPT-2 · 128 tokens · 2 of 2"]
+    assert len(set(drawn)) == 7 and drawn == sorted(drawn, key=lambda value: faster * value)
+
+
 def test_random_weights_are_said():
     assert "GPT-2 (random weights)" in texts(CHARTS["latency"].plot([dataclasses.replace(RUN[0], weights="random")]))
 

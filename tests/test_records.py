@@ -199,7 +199,7 @@ def test_whatever_stands_in_a_field_is_refused_or_harmless_in_every_view(name, v
         warnings.simplefilter("ignore")
         for view in (qb.table(run), qb.show(run), qb.findings(run), qb.ratios(run), run):
             repr(view).encode()
-        qb.markdown(run).encode(), run._repr_html_().encode()
+        qb.show(run).markdown().encode(), run._repr_html_().encode()
 
 
 def test_fewer_threads_are_another_machine():

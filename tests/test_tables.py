@@ -6,7 +6,7 @@ import math
 import pandas as pd
 
 from quantbench.records import Measurement
-from quantbench.tables import Table, Tables, machine_table, markdown, show, table
+from quantbench.tables import Table, Tables, machine_table, show, table
 
 ROW = Measurement(model="gpt2", setting="gpu-int4", max_new_tokens=128, new_tokens=128, latencies_s=[2.0] * 6,
                   first_token_s=[0.1], weights="random", weights_bytes=127_000_000, vram_peak_bytes=167_000_000,
@@ -56,7 +56,7 @@ def test_what_it_shows_is_escaped_and_no_formula():
     html = show([hostile, ABSENT])._repr_html_()
     assert not any(bad in html for bad in ("<script>", "<i>", "$", "<T4>")) and "&lt;T4&gt;" in html
     assert 'class="tex2jax_ignore"' in html
-    text = markdown([hostile, ABSENT])
+    text = show([hostile, ABSENT]).markdown()
     assert not any(bad in text for bad in ("<script>", "<i>", "$", "|x|"))
 
 
