@@ -201,8 +201,7 @@ def why(name: str, run: qb.Run) -> list[str]:
     return ["### Why", made_by(f"why/{name}.jsonl", run), "One decode step; *· graph* and *· compile* replay a captured"
             " one." + ("" if any(row.trace for row in run) else FIRST_EDITION),
             picture(name, "floor", f"One decode step and its floor on {here}"),
-            folded("Every row", qb.show_why(steps(run)).markdown())] + ([] if grown(run) is None else [
-            qb.crossovers(eager(run))._repr_markdown_(),
+            folded("Every row", qb.show(qb.why_table(steps(run))).markdown())] + ([] if grown(run) is None else [
             picture(name, "scaling", f"Tokens per second over the unquantised setting's, on {here}")])
 
 
@@ -222,7 +221,7 @@ def beside(folder: str, title: str, name: str, *figures: str) -> list[str]:
 
 def reference() -> str:
     """Markdown of the student's T4 table, corrected by inference, with the first machine's rates beside it."""
-    return qb.show_reference(next(iter(published().values()))).markdown()
+    return qb.show(qb.reference_table(next(iter(published().values())))).markdown()
 
 
 def picture(name: str, chart: str, words: str) -> str:

@@ -94,12 +94,23 @@ def table(run: Iterable[Measurement]) -> pd.DataFrame:
     return _frame(cells(run))
 
 
-def show(run: Iterable[Measurement]) -> Tables:
-    """The table as a notebook or a terminal shows it: one per model and machine, without empty columns."""
+def show(run: Iterable[Measurement] | pd.DataFrame) -> Tables:
+    """The table as a notebook or a terminal shows it: one per model and machine, without empty columns. The frame of
+    another view, such as `memory_table`, is shown likewise, under the caption that it has (see `view`)."""
+    if isinstance(run, pd.DataFrame):
+        caption, *how = run.attrs["shown"]
+        return Tables(Table(part.loc[:, ~(part.isna() | part.isin([0, ""])).all()], [model, *caption], *how)
+                      for model, part in run.groupby(level=0, sort=False))
     groups: dict[tuple, list[Cell]] = {}
     for cell in cells(run):
         groups.setdefault((cell.title, cell.row.machine_name), []).append(cell)
     return Tables(map(_shown, groups.values()))
+
+
+def view(frame: pd.DataFrame, caption: list[str], decimals: Mapping[str, int], note: str = "") -> pd.DataFrame:
+    """A frame by model that `show` can show, with what stands above it beside the model's name, and below."""
+    frame.attrs["shown"] = caption, note, decimals
+    return frame
 
 
 def machine_table(facts: dict, versions: dict | None = None) -> Tables:

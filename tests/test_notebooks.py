@@ -109,7 +109,7 @@ def test_notebook_01_runs_whole(tiny_gpt2, tmp_path):
         [(setting, n) for setting in qb.EXPERIMENT for n in (3, 5)] + [(setting, 4) for setting in every])
     assert all(row.status in ("ok", "unavailable") for row in run)
     outputs = [output for cell in code_cells(tmp_path / "executed.ipynb") for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     assert not any(output.output_type == "error" for output in outputs)
     said = "".join(output.data.get("text/markdown", "") for output in outputs if "data" in output)
     assert "at 4 tokens" in said and "not compared" not in said

@@ -173,7 +173,7 @@ def test_no_trace_or_no_limits_is_no_verdict_and_limits_of_another_device_or_mac
     for run in ([one], [row(), LIMITS], [one, gpu], [one, elsewhere], [row(audit=None, trace=one.trace), LIMITS],
                 [row(trace={"step": {}}), LIMITS]):
         assert "qb.limits()" in qb.explain(qb.Run(run))[0]
-        qb.show_why(qb.Run(run)), qb.plot_floor(qb.Run(run))
+        qb.show(qb.why_table(qb.Run(run))), qb.plot_floor(qb.Run(run))
     assert qb.explain([]) == ["nothing measured yet"]
     assert qb.explain(qb.Run([one, gpu, elsewhere, LIMITS])) == qb.explain(qb.Run([one, LIMITS]))
 
@@ -183,7 +183,7 @@ def test_the_table_has_the_numbers_that_the_sentence_and_the_chart_say():
     table = qb.why_table(run)
     assert table.loc["GPT-2 (random weights)", "MBU"].tolist() == pytest.approx([0.5, 0.5])
     assert table["Reading (%)"].iloc[0] == pytest.approx(50) and table["Verdict"].tolist() == ["bandwidth-bound", ""]
-    shown = repr(qb.show_why(run))
+    shown = repr(qb.show(qb.why_table(run)))
     assert "Reading (%)" in shown and "Quantising (%)" not in shown and "Prefill" not in shown and "11 tokens" in shown
     assert qb.explain(run)[0] == ("GPT-2 (random weights), CPU FP32, 11 tokens: bandwidth-bound. A step (20.00 ms) is "
                                   "above all reading at memory's rate (50%); its floor is 10.00 ms (100 MB are read).")
@@ -209,11 +209,6 @@ def test_it_pays_where_the_rounds_say_so():
     texts = [text.get_text() for text in qb.plot_scaling(rows).axes[0].texts]
     assert texts == ["8 tokens: 0.50", "8 tokens, batch 4: 1.00 tie", "8 tokens, batch 16: 2.00",
                      "8 tokens: not compared"]
-    small = "GPT-2 (random weights), 8 tokens"
-    assert qb.crossovers(rows) == [
-        f"GPU INT8 against GPU FP16: slower at {small} (0.50); tie at {small}, batch 4 (1.00); faster at {small}, "
-        "batch 16 (2.00); not compared at GPT-2 XL (random weights), 8 tokens."]
-    assert qb.crossovers(rows[:1]) == ["fewer than two batch sizes or models measured yet"]
     with pytest.raises(ValueError, match="two batch sizes"):
         qb.plot_scaling(rows[:1])
 
@@ -221,13 +216,13 @@ def test_it_pays_where_the_rounds_say_so():
 def test_a_name_in_markup_is_text_and_two_machines_are_never_explained_together():
     rows = [cell(setting, batch, 1.0, model="<b>$\\frac{$ *x*</b>") for setting in ("gpu-fp16", "gpu-int8")
             for batch in (1, 4)]
-    page = qb.crossovers(rows)._repr_markdown_() + qb.show_why(rows)._repr_html_() + qb.show_memory(rows)._repr_html_()
-    assert "<b>$" not in page and "*x*" not in qb.crossovers(rows)._repr_markdown_()
-    for plot in (qb.plot_scaling, qb.plot_floor, qb.plot_memory):
+    tables = [qb.show(view(rows)) for view in (qb.why_table, qb.memory_table)]
+    page = qb.explain(rows)._repr_markdown_() + "".join(table.markdown() for table in tables)
+    assert "*x*" not in page and "<b>" not in page + "".join(table._repr_html_() for table in tables)
+    for plot in (qb.plot_scaling, qb.plot_floor):
         plot(rows).draw_without_rendering()
     rows.append(dataclasses.replace(rows[0], machine={"cpu": "another"}))
-    for view in (qb.explain, qb.crossovers, qb.why_table, qb.show_why, qb.show_memory, qb.plot_floor, qb.plot_scaling,
-                 qb.plot_memory):
+    for view in (qb.explain, qb.why_table, qb.memory_table, qb.plot_floor, qb.plot_scaling):
         with pytest.raises(ValueError, match="2 machines"):
             view(rows)
 
@@ -249,10 +244,7 @@ def test_the_parts_of_memory_add_up_to_the_peak_and_a_cpus_is_resident_memory():
     assert table[PARTS].iloc[0].tolist() == pytest.approx([47, 78, 1, 0.224, 160 - 126 - 0.224]) and len(table) == 2
     assert table["Working memory"].iloc[1] == pytest.approx(130 - 126 - 0.224)
     assert table["Generate peak"].iloc[0] == 160 and table["Generate peak"].isna().iloc[1]
-    ends = [bar.get_x() + bar.get_width() for bar in qb.plot_memory([LEDGER]).axes[0].patches]
-    assert max(ends) == pytest.approx(160) and "78.0" in repr(qb.show_memory([LEDGER]))
-    with pytest.raises(ValueError, match="nothing in this run is ok"):
-        qb.plot_memory([failed])
+    assert "78.0" in repr(qb.show(qb.memory_table([LEDGER]))) and not qb.show(qb.memory_table([failed]))
 
 
 # ---- prompts ----

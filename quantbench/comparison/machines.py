@@ -13,7 +13,7 @@ from quantbench.intervals import Ratio
 from quantbench.labels import Cell, cells
 from quantbench.records import FIGURES, Measurement
 from quantbench.results import Run
-from quantbench.tables import RANDOM, Table, Tables
+from quantbench.tables import Tables, show, view
 from quantbench.wording import cut, plain, span
 
 Source = str | os.PathLike | Iterable[Measurement]
@@ -65,15 +65,14 @@ def compare_table(*runs: Source) -> pd.DataFrame:
     found = gathered(runs)
     first = found[found["side"] == 0].set_index("place")[_RATE]
     found[_TIMES] = (found[_RATE] / found["place"].map(first)).where(found["side"] > 0)
-    return found.set_index("Model")[_COLUMNS]
+    return view(found.set_index("Model")[_COLUMNS], [], _DECIMALS, _NOTE)
 
 
 def compare(*runs: Source) -> Tables:
     """Every cell on each machine, and under each set of versions there; a table per model. `runs` are runs or paths of
     results files. Between machines there are plain quotients, without an interval or a claim; a verdict is on a
     machine's own ratio, by rounds. Raises ValueError where there is no row, OSError for a file that is not there."""
-    return Tables(Table(mine.dropna(axis=1, how="all"), [model] + [RANDOM] * ("random" in set(mine["Weights"])), _NOTE,
-                        _DECIMALS) for model, mine in compare_table(*runs).groupby(level=0, sort=False))
+    return show(compare_table(*runs))
 
 
 def plot_machines(*runs: Source) -> Figure:

@@ -8,7 +8,7 @@ import pandas as pd
 from quantbench.labels import cells, machine_of
 from quantbench.records import FIGURES, Measurement
 from quantbench.settings import MODELS, SETTINGS
-from quantbench.tables import LENGTH, RANDOM, Table, Tables
+from quantbench.tables import LENGTH, view
 
 PROMPT_TOKENS = 12  # by inference: it leaves 64, 128 and 256 of what the table's latency x tokens/sec give
 _RATE, _SECONDS, _VRAM = FIGURES["tokens_per_s"], FIGURES["latency_s"], FIGURES["vram_gb"]
@@ -21,30 +21,21 @@ _HOME = _PACKAGE / "data" if (_PACKAGE / "data" / "published").is_dir() else _PA
 
 
 def reference_table(run: Iterable[Measurement] = ()) -> pd.DataFrame:
-    """The table's rows, corrected by inference (`attrs["note"]` says what), and `run`'s own eager ones beside them.
-    Raises ValueError for a run of several machines."""
+    """The table's rows, corrected by inference (its note says what), and `run`'s own eager ones beside them. Raises
+    ValueError for a run of several machines."""
     rows, data = list(run), pd.read_csv(_HOME / "reference" / "colab-t4.csv")
-    machine_of(rows)  # raises
+    here = f"here: {machine_of(rows)}" if rows else "nothing measured here yet"
+    here += " (random weights)" * any(cell.random for cell in cells(rows))
     rates = {(row.model, row.setting, row.max_new_tokens): row.tokens_per_s for row in rows
              if row.status == "ok" and row.engine == "eager" and row.batch_size == 1}
-    here = [rates.get(asked) for asked in zip(data["model"], data["setting"], data["max_new_tokens"])]
+    ours = [rates.get(asked) for asked in zip(data["model"], data["setting"], data["max_new_tokens"])]
     new = (data["latency_s"] * data["tokens_per_s"]).round().astype(int) - PROMPT_TOKENS
     frame = pd.DataFrame({
         "Model": [MODELS[key].label for key in data["model"]],
         "Setting": [SETTINGS[key].label for key in data["setting"]], LENGTH: data["max_new_tokens"],
         _SECONDS: data["latency_s"], _RATE: data["tokens_per_s"], _VRAM: data["vram_gb"], "New tokens (inferred)": new,
-        f"{_RATE} (corrected)": new / data["latency_s"], f"{_RATE} (here)": here}).set_index("Model")
-    frame.attrs["note"] = _NOTE
-    return frame.astype({f"{_RATE} (here)": float})
-
-
-def show_reference(run: Iterable[Measurement] = ()) -> Tables:
-    """`reference_table` as a notebook shows it: one table per model, and below each what is inferred."""
-    rows = list(run)
-    random = {cell.model for cell in cells(rows) if cell.random}
-    here = f"here: {machine_of(rows)}" if rows else "nothing measured here yet"
-    return Tables(Table(mine, [model, "Colab T4, reference table", here] + [f"here {RANDOM}"] * (model in random),
-                        _NOTE, _DECIMALS) for model, mine in reference_table(rows).groupby(level=0, sort=False))
+        f"{_RATE} (corrected)": new / data["latency_s"], f"{_RATE} (here)": ours}).set_index("Model")
+    return view(frame.astype({f"{_RATE} (here)": float}), ["Colab T4, reference table", here], _DECIMALS, _NOTE)
 
 
 def shipped() -> list[Path]:

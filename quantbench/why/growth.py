@@ -5,31 +5,16 @@ from collections.abc import Iterable
 from matplotlib.figure import Figure
 
 from quantbench.charts import INK, Bar, checked, draw
-from quantbench.conclusions import Findings, beside
+from quantbench.conclusions import beside
 from quantbench.intervals import Ratio
-from quantbench.labels import Cell, cells, machine_of
+from quantbench.labels import Cell
 from quantbench.records import Measurement
 from quantbench.wording import listed
 
 
-def crossovers(run: Iterable[Measurement]) -> Findings:
-    """Per setting, where it is faster than the baseline of `ratios` and where it is not, by the rounds that both were
-    in; models by size, and batches by theirs. Raises ValueError for two machines."""
-    rows, said = list(run), []
-    machine_of(rows)
-    for setting, line in _lines(cells(rows)).items():
-        places: dict[str, list[str]] = {}
-        for cell, _, ratio in line:
-            value = f" ({ratio.value:.2f})" if ratio.interval else ""
-            places.setdefault(ratio.verdict, []).append(f"{cell.title}, {cell.workload}{value}")
-        told = "; ".join(f"{verdict} at {listed(names)}" for verdict, names in places.items())
-        said.append(f"{setting} against {line[0][1].setting}: {told}.")
-    return Findings(said or ["fewer than two batch sizes or models measured yet"])
-
-
 def plot_scaling(run: Iterable[Measurement]) -> Figure:
-    """The same ratios as bars, a panel per setting, and a line at 1. Raises ValueError where no setting has two ratios,
-    and for two machines."""
+    """The ratios of `ratios` as bars, a panel per setting with models by size and batches by theirs, and a line at 1:
+    where it is faster than the baseline. Raises ValueError where no setting has two ratios, and for two machines."""
     named, machine = checked(run)
     panels, bases = {}, {}
     for setting, line in _lines(named).items():

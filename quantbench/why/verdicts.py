@@ -11,7 +11,7 @@ from quantbench.conclusions import Findings
 from quantbench.labels import Cell, cells, machine_of
 from quantbench.records import FIGURES, Measurement
 from quantbench.results import Run
-from quantbench.tables import Table, Tables
+from quantbench.tables import view
 from quantbench.why.floors import Floor, Limits, floor, limits_of
 from quantbench.wording import listed
 
@@ -81,10 +81,9 @@ def why_table(run: Iterable[Measurement]) -> pd.DataFrame:
     utilisation: reading at the measured rate, of the step), where the step's time goes in percent, the verdicts on step
     and prefill, and why there is none. NaN and "" where it does not apply. Raises ValueError for two machines."""
     run = Run.of(run)
-    machine_of(run)
     rows = [_record(cell, limits_of(cell.row, run)) for cell in cells(run) if cell.measured]
     frame = pd.DataFrame(rows, columns=["Model", "Setting", "Workload", *NUMBERS, "Verdict", "Prefill", "Note"])
-    return frame.astype(dict.fromkeys(NUMBERS, float)).set_index("Model")
+    return view(frame.astype(dict.fromkeys(NUMBERS, float)).set_index("Model"), [machine_of(run)], NUMBERS)
 
 
 def _record(cell: Cell, limits: Limits | None) -> dict:
@@ -120,15 +119,6 @@ def explain(run: Iterable[Measurement]) -> Findings:
     for why, rows in table[table["Verdict"] == ""].groupby("Note"):
         said.append(f"No verdict: {listed([*rows['Model'].unique()])}, {', '.join(rows['Setting'].unique())}: {why}.")
     return Findings(said or ["nothing measured yet"])
-
-
-def show_why(run: Iterable[Measurement]) -> Tables:
-    """`why_table` as a notebook shows it, one per model, without columns that tell nothing here."""
-    run = Run.of(run)
-    frame = why_table(run).drop(columns="Note").round(NUMBERS)
-    nothing = [name for name in frame if frame[name].fillna(0).isin(["", 0]).all()]
-    return Tables(Table(part.drop(columns=nothing), [title, machine_of(run)], decimals=NUMBERS)
-                  for title, part in frame.groupby(level=0, sort=False))
 
 
 def plot_floor(run: Iterable[Measurement]) -> Figure:

@@ -136,7 +136,7 @@ def run_all(page: Page) -> None:
     charts = page.locator('.jp-OutputArea-output[data-mime-type="image/png"] img')
     assert sum(is_drawn(chart) for chart in charts.all()) == IN_NOTEBOOK
     for name, source in {"charts": "qb.plot_throughput(run)", "findings": "qb.findings(run)", "ratios": "qb.ratios(run",
-                         "ledger": "qb.show_memory(run)", "reference": "qb.show_reference(run)",
+                         "ledger": "qb.show(qb.memory_table(run))", "reference": "qb.show(qb.reference_table(run))",
                          "sweep": "qb.sweep(models"}.items():
         shot(cell(page, source), f"2-{name}")
 
