@@ -207,7 +207,7 @@ def test_it_pays_where_the_rounds_say_so():
     rows += [cell("gpu-fp16", 1, 1.0, model="gpt2-xl", weights_bytes=3 * 10**9),
              cell("gpu-int8", 1, 0.5, 5, model="gpt2-xl"), cell("gpu-int4", 4, 1.0)]
     texts = [text.get_text() for text in qb.plot_scaling(rows).axes[0].texts]
-    assert texts == ["8 tokens: 0.50", "8 tokens, batch 4: 1.00 tie", "8 tokens, batch 16: 2.00",
+    assert texts == ["8 tokens: 0.50 slower", "8 tokens, batch 4: 1.00 tie", "8 tokens, batch 16: 2.00 faster",
                      "8 tokens: not compared"]
     with pytest.raises(ValueError, match="two batch sizes"):
         qb.plot_scaling(rows[:1])

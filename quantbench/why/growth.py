@@ -6,34 +6,25 @@ from matplotlib.figure import Figure
 
 from quantbench.charts import INK, Bar, checked, draw
 from quantbench.conclusions import beside
-from quantbench.intervals import Ratio
-from quantbench.labels import Cell
 from quantbench.records import Measurement
 from quantbench.wording import listed
 
 
 def plot_scaling(run: Iterable[Measurement]) -> Figure:
-    """The ratios of `ratios` as bars, a panel per setting with models by size and batches by theirs, and a line at 1:
-    where it is faster than the baseline. Raises ValueError where no setting has two ratios, and for two machines."""
+    """The ratios to the baseline of `ratios` as bars, by model size and then by batch, a panel per setting that has two
+    or more, and a line at 1. Raises ValueError where no setting has two ratios, and for two machines."""
     named, machine = checked(run)
-    panels, bases = {}, {}
-    for setting, line in _lines(named).items():
-        models = panels.setdefault(("", setting), {})  # all on one scale
-        for cell, base, ratio in line:
-            text = f"{ratio.value:.2f}{' tie' * (ratio.verdict == 'tie')}" if ratio.interval else "not compared"
-            models.setdefault(cell.title, []).append(Bar(cell, ratio.value, f"{cell.workload}: {text}", ratio.interval))
-            bases[base.setting] = None
+    found, panels, bases = [one for one in beside(named) if None not in one], {}, {}
+    for cell, base, ratio in sorted(found, key=lambda one: (one[1].row.weights_gb or 0.0, one[0].title)):
+        text = ratio.verdict if ratio.verdict == "not compared" else f"{ratio.value:.2f} {ratio.verdict}"
+        models = panels.setdefault(("", cell.setting), {})  # all on one scale
+        models.setdefault(cell.title, []).append(Bar(cell, ratio.value, f"{cell.workload}: {text}", ratio.interval))
+        bases.setdefault(cell.setting, base.setting)
+    panels = {place: models for place, models in panels.items() if sum(map(len, models.values())) > 1}
     if not panels:
         raise ValueError("nothing to compare: it takes two batch sizes or two models, and GPU FP16 or CPU FP32 of each")
-    figure = draw(f"Tokens/sec over those of {listed([*bases])}: above 1 it pays", machine, panels, "Ratio")
+    over = listed(list(dict.fromkeys(bases[setting] for _, setting in panels)))
+    figure = draw(f"Tokens/sec over those of {over}: above 1 it pays", machine, panels, "Ratio")
     for ax in figure.axes:
         ax.axvline(1, color=INK, linewidth=0.9, zorder=0.9)
     return figure
-
-
-def _lines(named: list[Cell]) -> dict[str, list[tuple[Cell, Cell, Ratio]]]:
-    """Of every setting with two ratios or more: cell, baseline and ratio, by the baseline's size and the batch's."""
-    found, lines = [one for one in beside(named) if None not in one], {}
-    for one in sorted(found, key=lambda one: (one[1].row.weights_gb or 0.0, one[0].title)):
-        lines.setdefault(one[0].setting, []).append(one)
-    return {setting: line for setting, line in lines.items() if len(line) > 1}

@@ -118,12 +118,11 @@ def _draw_rate(ax: Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:
         for cell in group:
             lines.setdefault(cell.setting, []).append(cell)
     for setting, line in lines.items():
+        colour, asked = colour_of(line[0].row.setting), [cell.row.prompt_tokens for cell in line]
         values = [getattr(cell.row, rate) or math.nan for cell in line]
-        ends = [median_interval(cell.row.rates(rate)) or (value, value) for cell, value in zip(line, values)]
-        ax.errorbar([cell.row.prompt_tokens for cell in line], values, marker="o", markersize=4, linewidth=1.4,
-                    yerr=[[max(value - low, 0) for value, (low, _) in zip(values, ends)],
-                          [max(high - value, 0) for value, (_, high) in zip(values, ends)]],
-                    color=colour_of(line[0].row.setting), label=setting)
+        ends = [median_interval(cell.row.rates(rate)) or (math.nan, math.nan) for cell in line]
+        ax.plot(asked, values, marker="o", markersize=4, linewidth=1.4, color=colour, label=setting)
+        ax.vlines(asked, *zip(*ends), color=colour, linewidth=1.4)
     ax.set(xscale="log", ylim=(0, None))
     ax.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
     ax.minorticks_off()
