@@ -22,7 +22,7 @@ def in_folder(name: str, folder: Path, weights: str | None) -> Source:
         raise ValueError(f"the folder {name!r} {wrong}")
     if weights != "random" and has & {ONE_FILE, INDEX}:
         return Source(name, "pretrained", revision(folder), folder)
-    others = files_of(folder, ("*.safetensors", "*.bin", "*.pt", "*.gguf"))
+    others = files_of(folder, [f"*.{end}" for end in "safetensors index.* bin pt* ckpt h5 msgpack onnx gguf".split()])
     if weights == "random" or weights is None and not others:
         return Source(name, "random", f"seed {SEED}, {revision(folder)}", config={"folder": str(folder)})
     raise ValueError(no_weights(f"the folder {name!r}", others))
@@ -43,11 +43,13 @@ def no_weights(where: str, others: list[Path]) -> str:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by name: missing, cut short, or pointers that git-lfs left."""
     names = [ONE_FILE]
-    if not (folder / ONE_FILE).is_file():
+    if not (folder / ONE_FILE).is_file() and (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        except (LookupError, AttributeError, TypeError, ValueError, OSError):
-            return f"{INDEX} is no index of weights"
+            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())) or [""]
+            if any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
+                raise ValueError(names)
+        except (LookupError, AttributeError, TypeError, ValueError, OSError, RecursionError):
+            return f"{INDEX} is no index of weights beside it"
     for file in [*files_of(folder), *(folder / name for name in names)]:
         if not file.is_file():
             return f"{file.name} is missing"
