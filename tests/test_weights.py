@@ -125,6 +125,17 @@ def test_files_that_are_missing_cut_or_pointers_are_named(tmp_path):
             checkpoint(find(shards))
 
 
+@pytest.mark.parametrize("kind", [numpy.int8, numpy.uint8, numpy.bool_, numpy.float16])
+def test_codes_are_no_weights_unless_the_config_says_how_they_are_read(tmp_path, kind):
+    folder = written(tmp_path / "m")
+    safetensors.numpy.save_file({"a.weight": numpy.ones(64, kind)}, folder / "model.safetensors")
+    if kind != numpy.float16:
+        with pytest.raises(ValueError, match="holds weights of type"):
+            checkpoint(find(folder))
+        (folder / "config.json").write_text('{"model_type": "llama", "quantization_config": {}}')
+    assert checkpoint(find(folder)) == folder
+
+
 def test_a_link_to_nothing_is_a_missing_file(tmp_path):
     folder = written(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "gone")

@@ -10,6 +10,7 @@ from quantbench.weights import INDEX, ONE_FILE, SEED, TOKENIZERS, Source, files_
 from quantbench.wording import cut
 
 SAMPLE = 2**16  # bytes
+NUMBERS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # others are codes: nothing without a scale
 
 
 def in_folder(name: str, folder: Path, weights: str | None) -> Source:
@@ -58,7 +59,10 @@ def damage(folder: Path) -> str | None:
                 return f"{file.name} is a pointer that git-lfs left, not the file: run `git lfs pull`"
         try:
             if file.suffix == ".safetensors":
-                safetensors.safe_open(file, framework="np").__exit__(None, None, None)
+                with safetensors.safe_open(file, framework="np") as held:
+                    kinds = {held.get_slice(key).get_dtype() for key in held.keys() if key.endswith(".weight")}
+                if (codes := kinds - NUMBERS) and b'ion_config"' not in (folder / "config.json").read_bytes():
+                    return f"{file.name} holds weights of type {min(codes)}, and config.json tells of no quantisation"
         except (safetensors.SafetensorError, OSError) as error:
             return f"{file.name} is cut short or damaged ({cut(error, 100)})"
     return None
