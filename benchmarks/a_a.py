@@ -48,7 +48,7 @@ def main() -> None:
         slow = set(keys[1::2])
         pairs = [sorted(pair, key=lambda row: row.setting in slow) for pair in pairs
                  if len({row.setting in slow for row in pair}) == 2]
-    within = [ratio_of_rounds(one.by_round, other.by_round) for one, other in pairs]
+    within = [ratio_of_rounds(one.rate_by_round(), other.rate_by_round()) for one, other in pairs]
     named = [ratio for ratio in within if ratio.verdict == "faster" or ratio.verdict == "slower" and not asked.slower]
     values = sorted(ratio.value for ratio in within)
     facts = qb.facts()

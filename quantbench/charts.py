@@ -148,14 +148,14 @@ def draw(title: str, subtitle: str, panels: Panels, axis: str, note: str = "") -
         _draw_panel(ax, panel)
         ax.set_ylim(rows[place // columns] - 0.5, -0.75)
         ax.set_xlabel(axis, size=SMALL, color=GREY)
-        ax.set_title(textwrap.fill(name, 50), loc="left", size=TEXT, weight="bold", color=INK, parse_math=False)
+        ax.set_title(textwrap.fill(name[:150], 50), loc="left", size=TEXT, weight="bold", color=INK, parse_math=False)
     return fig
 
 
 def _draw_panel(ax: Axes, panel: dict[str, list[Bar]]) -> None:
     y, ticks = 0.0, {}
     for label, bars in panel.items():
-        ticks[y + (len(bars) - 1) / 2] = textwrap.fill(label, 26)
+        ticks[y + (len(bars) - 1) / 2] = textwrap.fill(cut(label, 78), 26)
         for bar in bars:
             key, ends = bar.cell.row.setting, [bar.value or 0, *(bar.interval or ())]
             look = {"color": colour_of(key), "edgecolor": "white", "linewidth": 0,

@@ -9,6 +9,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Text = Annotated[str, AfterValidator(lambda text: text.encode(errors="replace").decode()), Field(max_length=10**6)]
 Name = Annotated[Text, Field(max_length=4096)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
+Size = Annotated[int, Field(ge=-10**18, le=10**18)]  # of bytes, or of a difference of them
 Whole = Annotated[int, Field(ge=1, le=10**9)]
 Seconds = Annotated[float, Field(gt=0, lt=1e9)]
 Amount = Annotated[float, Field(ge=0, lt=1e30)]
@@ -33,7 +34,7 @@ Audit = _typed(
     "Audit", quantiser=Name, quantised=Count, quantised_bytes=Count, embedding_bytes=Count, step_bytes=Count,
     step_products=Count, crossing_bytes=Count, kv_bytes_per_token=Count, left=Tally, kept=Tally, storage_dtype=Name,
     compute_dtype=Name, gpu_bytes=Annotated[list[Count], Many] | None,  # of each, where several share the weights
-    bytes=Tally, details=Annotated[dict[Name, bool | int | float | Name | None], Many], **{"class": Name | None})
+    bytes=Tally, details=Annotated[dict[Name, bool | Size | float | Name | None], Many], **{"class": Name | None})
 Reading = _typed(
     "Reading", load_average=Amount | None, cpu_busy=Amount | None, idle_w=float | None, gpu_busy=Amount | None,
     sm_mhz=Count | None, memory_mhz=Count | None, celsius=Count | None, throttled=Annotated[list[Name], Many] | None)

@@ -65,7 +65,7 @@ def cells(run: Iterable[Measurement]) -> list[Cell]:
         work += f", prompt {prompts.index(row.prompt) + 1} “{cut(row.prompt, 20)}”" * (len(prompts) > 1)
         work += f", {row.cache} cache" * (row.cache != "default")
         model = MODELS[row.model].label if row.model in MODELS else plain(row.model)
-        named.append(Cell(row, model, plain(setting), work, row.weights == "random" or row.model in random))
+        named.append(Cell(row, model, plain(setting), plain(work), row.weights == "random" or row.model in random))
     titles = list(dict.fromkeys(cell.title for cell in named))
     return sorted(named, key=lambda cell: (titles.index(cell.title), _ORDER.get(cell.row.setting, len(_ORDER)),
                                            cell.setting, *cell.row.work[:0:-1]))

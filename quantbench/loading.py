@@ -60,11 +60,6 @@ class LoadedModel:
         known = [one for one in ids.tolist() if one < len(self.tokenizer)]  # an embedding may have more rows
         return self.tokenizer.decode(known, skip_special_tokens=True)
 
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens, prompt included, that the model has positions for."""
-        return context_length(self.model.config)
-
     def close(self) -> None:
         """Free the memory, and warn where it could not be freed because something else still holds the model."""
         if self.model is None:
@@ -143,9 +138,11 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
             accelerate.cpu_offload(lm.model, torch.device("cuda", 0))
             lm.audit["crossing_bytes"] = sum(one.nbytes for part in lm.model.modules()
                                              for one in part.parameters(recurse=False))  # a tied head crosses twice
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:  # each model's own code may raise anything
         if (reason := machine.out_of_memory(error)) is None:
-            raise
+            if isinstance(error, (ValueError, OSError, AuditError)):
+                raise
+            raise ValueError(f"{source.name} does not load: {type(error).__name__}: {cut(error, 200)}") from error
         lm.status, lm.reason, lm.model = "out_of_memory", reason, None
     if lm.status != "ok":  # not in the except clause: the traceback holds what was allocated
         gc.collect()

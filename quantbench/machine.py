@@ -221,14 +221,16 @@ def _gpu(number: int):
 
 
 def _commit() -> str | None:
-    """The commit this package was installed from (PEP 610), or the one of the checkout it runs in."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        origin = importlib.metadata.distribution("quantbench").read_text("direct_url.json")
-        if commit := json.loads(origin or "{}").get("vcs_info", {}).get("commit_id"):
-            return commit
+    """The commit these files were installed from (PEP 610), or their checkout's: not of one where they lie ignored."""
+    home = Path(__file__).parent
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError, LookupError):
+        found = importlib.metadata.distribution("quantbench")
+        if home.samefile(found.locate_file("quantbench")):
+            return json.loads(found.read_text("direct_url.json") or "{}")["vcs_info"]["commit_id"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+        for asked in "git ls-files --error-unmatch machine.py", "git describe --always --dirty --abbrev=40":
+            said = subprocess.check_output(asked.split(), cwd=home, stderr=subprocess.DEVNULL, text=True, timeout=10)
+        return said.strip() or None
     return None
 
 

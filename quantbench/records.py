@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from quantbench.fields import (
-    STRICT, Amount, Audit, Conditions, Count, Machine, Many, Name, Seconds, Text, Trace, Versions, Weights, Whole)
+    STRICT, Amount, Audit, Conditions, Count, Machine, Many, Name, Seconds, Size, Text, Trace, Versions, Weights, Whole)
 from quantbench.intervals import Interval, median_interval
 from quantbench.settings import PROMPT, SETTINGS
 from quantbench.wording import EMPTY, as_html, plain, span
@@ -116,11 +116,11 @@ class Measurement(Subject):
     text: Text | None = None  # the continuation; None where the weights are random
     weights_bytes: Count | None = None
     held_before_bytes: Count | None = None  # what the process held before load: VRAM on a GPU, resident on a CPU
-    load_peak_bytes: int | None = None
-    vram_peak_bytes: int | None = None
-    vram_reserved_bytes: int | None = None
-    vram_device_bytes: int | None = None
-    ram_peak_bytes: int | None = None
+    load_peak_bytes: Size | None = None
+    vram_peak_bytes: Size | None = None
+    vram_reserved_bytes: Size | None = None
+    vram_device_bytes: Size | None = None
+    ram_peak_bytes: Size | None = None
     gpu_peak_bytes: Annotated[list[Count], Many] | None = None  # of each, where there are several: of this process
     gpu_busy: Annotated[list[Amount | None], Many] | None = None  # share of the last sample's last moments
     cache_bytes: Count | None = None  # after a generation; where generate made and dropped the cache, by the audit
@@ -162,8 +162,6 @@ class Measurement(Subject):
     def rate_by_round(self, figure: str = "tokens_per_s") -> dict[str, float]:
         """Round -> the rate of the sample taken in it: two rows compare by the rounds that they share."""
         return {name: rate for name, rate in zip(self.rounds, self.rates(figure)) if rate == rate}
-
-    by_round = property(rate_by_round)
 
     # median of a whole `generate`, prompt included, and its interval by order statistics
     latency_s = Figure("Latency (s)", lambda row: median(row.latencies_s) if row.latencies_s else None, 3)

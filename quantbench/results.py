@@ -117,7 +117,7 @@ class Run:
             return record
         if self.path is not None:
             with locked(self.path):
-                lost = not self.path.exists()  # somebody removed the file: all of it is written again
+                lost = not self.path.exists() or not self.path.stat().st_size  # removed or emptied: written again
                 _append(self.path, self._lines() * lost + to_line(record))
         self._records[_place(record)] = record
         return record

@@ -9,7 +9,7 @@ from quantbench.conclusions import findings
 from quantbench.results import Run, write_whole
 from quantbench.tables import show, table
 
-_FORMULA = tuple("=+-@\t\r")  # what a spreadsheet would compute, if it were not kept a text
+_FORMULA = tuple("=+-@＝＋－＠\t\r")  # what a spreadsheet would compute, if it were not kept a text
 
 
 def save(run: Run, folder: str | os.PathLike) -> list[Path]:

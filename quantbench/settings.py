@@ -54,7 +54,7 @@ class Registry(dict):
 
     def find(self, name: str) -> Any:
         """The entry; raises ValueError naming the nearest names."""
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise ValueError(unknown(self.kind, name, self))
         return self[name]
 
@@ -156,7 +156,7 @@ class Workload:
     cache: str = "default"  # a key of CACHES
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
+        if not isinstance(self.prompt, str) or not self.prompt.encode().decode().strip():  # lone surrogates raise too
             raise ValueError("the prompt is empty: give at least one word")
         for name in ("max_new_tokens", "batch_size", "prompt_tokens", "depth", "repeats"):
             if getattr(self, name) is not None or name not in ("prompt_tokens", "repeats"):

@@ -15,7 +15,7 @@ from quantbench.inspection import held_in, need_memory
 from quantbench.loading import LoadedModel
 from quantbench.records import Measurement
 from quantbench.settings import CACHES, PROMPT, Workload
-from quantbench.tokens import check_length
+from quantbench.tokens import check_length, context_length
 
 REPEATS = (3, 10)  # at least, at most
 CLOSE_ENOUGH = 0.03  # stop repeating when half the range is within this share of the median
@@ -42,6 +42,8 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     a workload that cannot run (see `Workload`) or is over the model's context length, RuntimeError for a closed
     model or a wrong token count.
     """
+    if not isinstance(lm, LoadedModel):
+        raise ValueError(f"generate takes what qb.load returns, not {lm!r}")
     workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s, prompt_tokens, depth, cache)
     cell = Timed(lm, workload, engine, clock)
     title = f"{lm.name} · {lm.setting.label} · {workload.max_new_tokens} tokens"
@@ -85,7 +87,7 @@ class Timed:
             self.ended = "unavailable", reason or f"the {engine} engine runs with no {workload.cache} cache"
             return
         prompt_tokens = workload.prompt_tokens or lm.encode(workload.prompt)["input_ids"].shape[1]
-        check_length(lm.name, prompt_tokens, workload, lm.context_length)
+        check_length(lm.name, prompt_tokens, workload, context_length(lm.model.config))
         self.facts["prompt_tokens"], self.before = prompt_tokens, workload.depth + prompt_tokens
         self._unless_it_ends(self._prepare, kind)
 

@@ -52,10 +52,10 @@ def check_name(model: str | os.PathLike, weights: str | None = None) -> str:
     Raises ValueError, before any long work, for what is none of them, and for unknown weights."""
     if weights not in (None, *WEIGHTS):
         raise ValueError(unknown("weights", weights, WEIGHTS))
-    name = os.fspath(model)
+    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else repr(model)
     if isinstance(model, os.PathLike) and not _is_folder(name):
         name = os.path.join(".", name)
-    if _is_folder(name) and not Path(name).expanduser().is_dir() and not _gguf(name):
+    if _is_folder(name) and not os.path.isdir(os.path.expanduser(name)) and not _gguf(name):
         raise ValueError(f"there is no {'file' if name.endswith('.gguf') else 'folder'} {name!r}")
     if not _is_folder(name) and name not in MODELS and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         more = " A Hub id (owner/name) or a local folder works too"
@@ -114,9 +114,9 @@ def config_of(source: Source) -> PretrainedConfig | None:
         return None
     values = recipe(source) if source.folder is None else _config_in(source.folder)
     kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         needs = "code of its own, and code in a checkpoint is never run" if "auto_map" in values else \
-            "another transformers than the one that is installed"
+            "another transformers than the one that is installed" if kind else "a model_type in its config.json"
         raise ValueError(f"{source.name}: the architecture {kind!r} needs {needs}")
     try:
         config = CONFIG_MAPPING[kind].from_dict(values)
@@ -129,6 +129,7 @@ def config_of(source: Source) -> PretrainedConfig | None:
         raise ValueError(f"{source.name}: {kind!r} is {wrong}, not a causal language model")
     if config._attn_implementation not in (None, "eager", "sdpa"):  # not there on a CPU, or other people's code
         config._attn_implementation = None
+    config.return_dict = True  # else the model answers with a tuple
     return config
 
 
@@ -173,22 +174,17 @@ def files_of(folder: Path, names: tuple[str, ...] = TOKENIZERS) -> list[Path]:
     return sorted({file for name in names for file in folder.glob(name) if file.is_file()})
 
 
-def hub_answers() -> bool:
-    """Whether the Hub can be reached."""
-    return importlib.import_module(HUB).answers()
-
-
 def _is_folder(name: str) -> bool:
     return name.startswith((".", "~")) or os.path.isabs(name)
 
 
 def _gguf(name: str) -> Path | None:
-    file = Path(name).expanduser()
-    return file if _is_folder(name) and file.suffix == ".gguf" and file.is_file() else None
+    file = os.path.expanduser(name)
+    return Path(file) if _is_folder(name) and file.endswith(".gguf") and os.path.isfile(file) else None
 
 
 def _here(name: str) -> str:
-    return f"; for the folder here write './{name}'" if Path(name).is_dir() else ""
+    return f"; for the folder here write './{name}'" if os.path.isdir(name) else ""
 
 
 def _config_in(folder: str | Path) -> dict:

@@ -15,7 +15,7 @@ from quantbench import inspection, weights
 from quantbench.inspection import audit, check, load_estimate, weights_estimate
 from quantbench.loading import conv1d_to_linear
 from quantbench.weights import find
-from tests.conftest import CPU_SETTINGS
+from tests.conftest import CPU_SETTINGS, TINY
 
 QUANTISED = {"cpu-int8": "Linear8bitLt", "cpu-int4": "Linear4bit", "cpu-int8-dynamic": "DynamicQuantizedLinear"}
 LLAMA = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -267,6 +267,26 @@ def test_a_gpu_setting_without_a_gpu_is_a_reason_not_an_error(tiny):
 def test_mistakes_get_one_clear_error_before_any_work(model, setting, weights, message):
     with pytest.raises(ValueError, match=message):
         qb.load(model, setting, weights=weights)
+
+
+@pytest.mark.parametrize("mistake", [{"lm": "gpt2"}, {"lm": None}, {"engine": ["eager"]}, {"cache": []}])
+def test_a_mistake_in_what_is_generated_is_a_sentence(tiny_gpt2, mistake):
+    with qb.load(tiny_gpt2, "cpu-fp32") as lm, pytest.raises(ValueError, match="qb.load returns|unknown"):
+        qb.generate(**{"lm": lm, "max_new_tokens": 2, "progress": False} | mistake)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("activation_function", "none-such"), ("n_head", 0), ("vocab_size", -1), ("n_embd", 0)])
+def test_whatever_a_models_code_raises_while_it_is_loaded_is_a_sentence(tmp_path, field, value):
+    (tmp_path / "config.json").write_text(json.dumps(TINY["gpt2"] | {field: value}))
+    with pytest.raises(ValueError, match="does not load: [A-Z]"):
+        qb.load(tmp_path, "cpu-fp32")
+
+
+def test_a_config_that_asks_for_tuples_is_no_fault(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY["gpt2"] | {"return_dict": False}))
+    with qb.load(tmp_path, "cpu-fp32") as lm:
+        assert qb.generate(lm, max_new_tokens=2, repeats=1, progress=False).status == "ok"
 
 
 def test_out_of_memory_at_load_is_a_row(tmp_path):

@@ -1,7 +1,11 @@
 """What a machine allows: control groups of both versions, as trees of files; GPUs that a process may see."""
 
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pynvml
@@ -54,6 +58,20 @@ def test_limits_are_in_the_facts_and_in_what_is_free(monkeypatch, tmp_path):
     found = machine.facts.__wrapped__()
     assert (found["ram_bytes"], found["cores"], machine.free_bytes("cpu")) == (5 * 10**7, 1, 10**7)
     assert Measurement(model="m", setting="cpu-fp32", max_new_tokens=1, machine=found).machine["gpu_visible"] == ""
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_commit_is_that_of_the_checkout_which_has_the_package_not_of_one_around_it(tmp_path, tracked):
+    inside = tmp_path / ".venv"
+    shutil.copytree(Path(machine.__file__).parent, inside / "quantbench", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / ".gitignore").write_text("" if tracked else ".venv\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.invalid"]
+    for asked in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "all of it"]):
+        subprocess.run(["git", *asked], cwd=tmp_path, check=True)
+    said = subprocess.check_output([sys.executable, "-c", "from quantbench import machine as m; print(m._commit())"],
+                                   cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(inside)}, text=True).strip()
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tmp_path, text=True).strip()
+    assert said == (head if tracked else "None")
 
 
 @pytest.mark.parametrize("kind, parted, joules", [("GPU", 0, 2.0), ("GPU", 1, None), ("MIG", 1, None)])

@@ -56,7 +56,7 @@ def test_figures_by_hand():
     assert ROW.energy_per_token_j == 1.0 and ROW.once_s == 2.0
     assert dataclasses.replace(ROW, depth=9, cache_bytes=24_000).cache_per_token == 24_000 / 2 / (9 + 12 + 99)
     assert ROW.latency_ci == (2.0, 5.0) and ROW.tokens_per_s_ci == (40.0, 100.0) == ROW.tokens_per_s_range
-    assert ROW.by_round == {"a": 50.0, "b": 100.0, "c": 40.0, "d": 50.0, "e": 200 / 3, "f": 40.0}
+    assert ROW.rate_by_round() == {"a": 50.0, "b": 100.0, "c": 40.0, "d": 50.0, "e": 200 / 3, "f": 40.0}
     assert ROW.noisy and not dataclasses.replace(ROW, latencies_s=[4.0, 4.1, 4.0], rounds=[]).noisy
 
 
@@ -68,7 +68,7 @@ def test_five_samples_are_looks_and_no_interval():
 
 def test_a_row_without_samples_has_no_figures():
     row = Measurement(model="gpt2", setting="gpu-fp16", max_new_tokens=8, status="unavailable", reason="no GPU")
-    assert all(getattr(row, name) in (None, False) for name in FIGURES) and row.by_round == {}
+    assert all(getattr(row, name) in (None, False) for name in FIGURES) and row.rate_by_round() == {}
     assert "no GPU" in repr(row)
 
 
@@ -149,7 +149,8 @@ NESTED = json.loads("[" * 600 + "]" * 600)
     (FULL, "batch_size", 0), (FULL, "batch_size", 1.5), (FULL, "max_new_tokens", 1e300), (FULL, "load_s", 1e999),
     (FULL, "latencies_s", "fast"), (FULL, "latencies_s", [-1.0]), (FULL, "latencies_s", [1e308]),
     (FULL, "latencies_s", [1.0] * 200_000), (FULL, "latencies_s", [10**400]), (FULL, "latencies_s", [True]),
-    (FULL, "rounds", ["a"]), (FULL, "energy_j", [math.nan]), (FULL, "vram_peak_bytes", 1.5), (FULL, "model", "\ud800"),
+    (FULL, "rounds", ["a"]), (FULL, "energy_j", [math.nan]), (FULL, "vram_peak_bytes", 1.5),
+    (FULL, "vram_peak_bytes", 10**400), (FULL, "load_peak_bytes", -10**400), (FULL, "audit.details", {"a": 10**400}), (FULL, "model", "\ud800"),
     (FULL, "audit", []), (FULL, "audit", NESTED), (FULL, "audit.quantised_bytes", "many"), (FULL, "audit.left", {"a": "b"}),
     (FULL, "conditions.after", 5), (FULL, "conditions.before.throttled", "yes"), (FULL, "trace.step", 1),
     (FULL, "trace.step.kinds", {"a": "b"}), (FULL, "machine.gpu_capability", "9.0"), (FULL, "machine.gpu_capability", [9]),

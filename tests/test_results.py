@@ -103,10 +103,11 @@ def test_a_row_is_synced_whole_before_add_returns(path, monkeypatch):
         assert len(synced) == count and synced[-1].endswith(to_line(row))
 
 
-def test_a_file_that_is_deleted_meanwhile_is_written_whole_again(path, tmp_path):
+@pytest.mark.parametrize("how", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_file_that_is_deleted_or_emptied_meanwhile_is_written_whole_again(path, tmp_path, how):
     run = Run.open(path)
     run.add(A)
-    path.unlink()
+    how(path)
     run.add(B)
     assert list(Run.read(path)) == [A, B]
     path.unlink()

@@ -53,6 +53,8 @@ def test_one_table_per_model_and_machine():
 
 def test_what_it_shows_is_escaped_and_no_formula():
     hostile = dataclasses.replace(ROW, model="<script>|x|$a$", audit={"quantised": 1, "class": "$b$<i>"})
+    cached = dataclasses.replace(ROW, cache="\x1b[31m\u202ered")
+    assert all(cell.isprintable() for cell in table([cached])["Workload"])
     html = show([hostile, ABSENT])._repr_html_()
     assert not any(bad in html for bad in ("<script>", "<i>", "$", "<T4>")) and "&lt;T4&gt;" in html
     assert 'class="tex2jax_ignore"' in html

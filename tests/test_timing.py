@@ -60,7 +60,7 @@ def test_a_sample_keeps_its_round_and_its_time(lm):
     for name in ("a-1", "a-2"):
         cell.sample(name)
     row = cell.measurement()
-    assert row.by_round == {"a-1": 4 / row.latencies_s[0], "a-2": 4 / row.latencies_s[1]}
+    assert row.rate_by_round() == {"a-1": 4 / row.latencies_s[0], "a-2": 4 / row.latencies_s[1]}
     assert start <= row.sampled_at[0] < row.sampled_at[1] <= time.time()
     assert all(0 <= share <= 1 for share in row.others_busy) and cell.ended is None
 

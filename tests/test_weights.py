@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from quantbench.making import hub
 from quantbench.settings import MODELS
-from quantbench.weights import check_name, checkpoint, config_of, find, hub_answers
+from quantbench.weights import check_name, checkpoint, config_of, find
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -83,6 +83,8 @@ def test_pickled_weights_are_refused(tmp_path):
     (["model.safetensors"], None, "holds no config.json"),
     (["config.json"], "pretrained", "holds no model.safetensors"),
     (["config.json", "consolidated.safetensors"], None, "no model.safetensors, only consolidated.safetensors"),
+    (["config.json", "tf_model.h5"], None, "only tf_model.h5"), (["config.json", "model.onnx"], None, "only model.onnx"),
+    (["config.json", "pytorch_model.bin.index.json"], None, "only pytorch_model.bin.index.json"),
     (["config.json", "adapter_config.json", "model.safetensors"], None, "holds an adapter"),
     (["config.json", "model.safetensors"], "bundled", "is no package"),
 ])
@@ -113,14 +115,38 @@ def test_files_that_are_missing_cut_or_pointers_are_named(tmp_path):
             checkpoint(find(folder))
     shards = written(tmp_path / "shards", "a-1.safetensors")
     files = {"x": "a-1.safetensors", "y": "a-2.safetensors"}
-    for index, message in ({"weight_map": files}, "a-2.safetensors is missing"), ([], "is no index of weights"):
+    (tmp_path / "elsewhere.safetensors").write_bytes(whole)
+    strange = ["../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), "/etc/passwd", "a.bin", "", 3, None]
+    for index, message in ({"weight_map": files}, "a-2.safetensors is missing"), *(
+            (wrong, "is no index of weights") for wrong in
+            ([], {}, {"weight_map": {}}, {"weight_map": []}, *({"weight_map": {"x": name}} for name in strange))):
         (shards / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(ValueError, match=message):
             checkpoint(find(shards))
 
 
+@pytest.mark.parametrize("kind", [numpy.int8, numpy.uint8, numpy.bool_, numpy.float16])
+def test_codes_are_no_weights_unless_the_config_says_how_they_are_read(tmp_path, kind):
+    folder = written(tmp_path / "m")
+    safetensors.numpy.save_file({"a.weight": numpy.ones(64, kind)}, folder / "model.safetensors")
+    if kind != numpy.float16:
+        with pytest.raises(ValueError, match="holds weights of type"):
+            checkpoint(find(folder))
+        (folder / "config.json").write_text('{"model_type": "llama", "quantization_config": {}}')
+    assert checkpoint(find(folder)) == folder
+
+
+def test_a_link_to_nothing_is_a_missing_file(tmp_path):
+    folder = written(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "gone")
+    (folder / "model.safetensors").symlink_to(folder / "nowhere")
+    with pytest.raises(ValueError, match="model.safetensors is missing"):
+        checkpoint(find(folder, "pretrained"))
+
+
 @pytest.mark.parametrize("text, message", [
-    ("{", "config.json cannot be read"), ("[1]", "config.json cannot be read"), ("{}", "another transformers"),
+    ("{", "config.json cannot be read"), ("[1]", "config.json cannot be read"), ("{}", "needs a model_type"),
+    ('{"model_type": []}', "needs a model_type"), ('{"model_type": "newer"}', "another transformers"),
     ('{"model_type": "other", "auto_map": {"AutoConfig": "x.C"}}', "code of its own, and code in a .* never run"),
     ('{"model_type": "llama", "hidden_size": "many"}', "not valid for 'llama'"),
     ('{"model_type": "t5"}', "an encoder-decoder"), ('{"model_type": "bart"}', "an encoder-decoder"),
@@ -274,7 +300,7 @@ def test_a_hub_out_of_reach_costs_one_deadline_and_gpt2_says_why_it_is_random(of
             find("someone/something")
         with pytest.warns(UserWarning, match=f"gpt2: random weights, because .*{cause}"):
             assert find("gpt2").weights == "random"
-        assert not hub_answers() and time.monotonic() - start < 2  # asked once
+        assert not hub.answers() and time.monotonic() - start < 2  # asked once
 
 
 @pytest.mark.parametrize("status, cause", [
@@ -285,7 +311,7 @@ def test_what_the_hub_refuses_is_refused_in_a_sentence_unless_the_cache_has_it(o
         online(monkeypatch, address)
         with pytest.raises(ValueError, match=cause) as error:
             find("gpt2")
-        assert len(str(error.value)) < 200 and hub_answers()
+        assert len(str(error.value)) < 200 and hub.answers()
         cached(offline, MODELS["gpt2"].hub, "config.json", "model.safetensors")
         assert find("gpt2").revision == COMMIT
 
@@ -293,4 +319,4 @@ def test_what_the_hub_refuses_is_refused_in_a_sentence_unless_the_cache_has_it(o
 @pytest.mark.parametrize("address", ["", "hub.local", "http://127.0.0.1:1"])
 def test_an_address_that_leads_nowhere_does_not_answer(monkeypatch, address):
     online(monkeypatch, address)
-    assert not hub_answers()
+    assert not hub.answers()

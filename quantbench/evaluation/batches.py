@@ -7,7 +7,7 @@ import torch
 from quantbench.decode import Unavailable, inputs_of
 from quantbench.loading import LoadedModel
 from quantbench.settings import PROMPT, Workload, whole
-from quantbench.tokens import check_length
+from quantbench.tokens import check_length, context_length
 from quantbench.wording import as_html
 
 
@@ -28,7 +28,7 @@ def batch_effect(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 64
     if lm.status != "ok":
         return BatchEffects([whose | {"Status": lm.status, "Reason": lm.reason}])
     length = (ids := lm.encode(prompt)["input_ids"]).shape[1]
-    check_length(lm.name, length, work, lm.context_length)
+    check_length(lm.name, length, work, context_length(lm.model.config))
     others = inputs_of(lm, Workload(prompt_tokens=length * (max(sizes) - 1)))["input_ids"].view(-1, length)
     every, found = torch.cat([ids, others]), BatchEffects()
     try:

@@ -118,7 +118,7 @@ def against(one: Scored, base: Scored | None) -> tuple[float, str, Ratio]:
     """The share of the base's memory that is not needed (NaN: not known), of VRAM where both have it, else of the
     weights, and which; and the speed over the base's, by the rounds that both were in."""
     rows = [it.cell.row if it and it.cell else None for it in (one, base)]
-    pace = ratio_of_rounds(*(row.by_round if row else {} for row in rows))
+    pace = ratio_of_rounds(*(row.rate_by_round() if row else {} for row in rows))
     for name, memory in MEMORY.items():
         mine, theirs = (getattr(row, name, None) for row in rows)
         if mine and theirs:

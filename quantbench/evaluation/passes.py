@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import importlib
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -14,10 +15,10 @@ from quantbench import machine
 from quantbench.decode import TEXT, stepwise_logits, why_no_cache
 from quantbench.evaluation.scores import Quality
 from quantbench.intervals import LEAST, Interval
-from quantbench.loading import LoadedModel, StandInTokenizer
+from quantbench.loading import LoadedModel, StandInTokenizer, context_length
 from quantbench.quantisers import QUANTISERS
 from quantbench.settings import CACHES, whole
-from quantbench.weights import hub_answers
+from quantbench.weights import HUB
 
 LEAST_TOKENS = 32  # of a text that is worth a number
 MOST_BYTES = 2 * 10**9  # of a reference's log-probabilities: 3,000 tokens of the largest vocabularies
@@ -108,7 +109,7 @@ def find_text(text: str | None = None) -> tuple[str, str]:
     from pyarrow import parquet
 
     path = hf_hub_download("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet", repo_type="dataset",
-                           local_files_only=not hub_answers())
+                           local_files_only=not importlib.import_module(HUB).answers())
     return text, "\n\n".join(parquet.read_table(path)["text"].to_pylist())  # as for GPT-2's published figures
 
 
@@ -134,8 +135,8 @@ def _read(lm: LoadedModel, text: str | None, tokens: int | None, context: int | 
     tokens = None if tokens is None else whole("tokens", tokens, LEAST_TOKENS)
     if stride >= context:
         raise ValueError(f"stride must be below the context of {context}, not {stride}: tokens would go unscored")
-    if lm.context_length and context > lm.context_length:
-        raise ValueError(f"a context of {context} is over the {lm.context_length} tokens {lm.name} has positions for")
+    if (room := context_length(lm.model.config)) and context > room:
+        raise ValueError(f"a context of {context} is over the {room} tokens {lm.name} has positions for")
     name, body = find_text(text)
     ids, bos = lm.tokenizer.encode(body)[:tokens], getattr(lm.tokenizer, "bos_token_id", None)
     if len(ids) < LEAST_TOKENS:

@@ -10,6 +10,7 @@ from quantbench.weights import INDEX, ONE_FILE, SEED, TOKENIZERS, Source, files_
 from quantbench.wording import cut
 
 SAMPLE = 2**16  # bytes
+NUMBERS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # others are codes: nothing without a scale
 
 
 def in_folder(name: str, folder: Path, weights: str | None) -> Source:
@@ -22,7 +23,7 @@ def in_folder(name: str, folder: Path, weights: str | None) -> Source:
         raise ValueError(f"the folder {name!r} {wrong}")
     if weights != "random" and has & {ONE_FILE, INDEX}:
         return Source(name, "pretrained", revision(folder), folder)
-    others = files_of(folder, ("*.safetensors", "*.bin", "*.pt", "*.gguf"))
+    others = files_of(folder, [f"*.{end}" for end in "safetensors index.* bin pt* ckpt h5 msgpack onnx gguf".split()])
     if weights == "random" or weights is None and not others:
         return Source(name, "random", f"seed {SEED}, {revision(folder)}", config={"folder": str(folder)})
     raise ValueError(no_weights(f"the folder {name!r}", others))
@@ -43,11 +44,13 @@ def no_weights(where: str, others: list[Path]) -> str:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by name: missing, cut short, or pointers that git-lfs left."""
     names = [ONE_FILE]
-    if not (folder / ONE_FILE).is_file():
+    if not (folder / ONE_FILE).is_file() and (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        except (LookupError, AttributeError, TypeError, ValueError, OSError):
-            return f"{INDEX} is no index of weights"
+            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())) or [""]
+            if any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
+                raise ValueError(names)
+        except (LookupError, AttributeError, TypeError, ValueError, OSError, RecursionError):
+            return f"{INDEX} is no index of weights beside it"
     for file in [*files_of(folder), *(folder / name for name in names)]:
         if not file.is_file():
             return f"{file.name} is missing"
@@ -56,7 +59,10 @@ def damage(folder: Path) -> str | None:
                 return f"{file.name} is a pointer that git-lfs left, not the file: run `git lfs pull`"
         try:
             if file.suffix == ".safetensors":
-                safetensors.safe_open(file, framework="np").__exit__(None, None, None)
+                with safetensors.safe_open(file, framework="np") as held:
+                    kinds = {held.get_slice(key).get_dtype() for key in held.keys() if key.endswith(".weight")}
+                if (codes := kinds - NUMBERS) and b'ion_config"' not in (folder / "config.json").read_bytes():
+                    return f"{file.name} holds weights of type {min(codes)}, and config.json tells of no quantisation"
         except (safetensors.SafetensorError, OSError) as error:
             return f"{file.name} is cut short or damaged ({cut(error, 100)})"
     return None

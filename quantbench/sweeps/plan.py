@@ -16,7 +16,7 @@ from quantbench.labels import cells
 from quantbench.loading import why_not
 from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
-from quantbench.settings import BASELINES, FILES_OWN, SETTINGS, Setting, Workload, find_setting, on_gpus
+from quantbench.settings import BASELINES, FILES_OWN, SETTINGS, Setting, Workload, find_setting, on_gpus, whole
 from quantbench.tokens import OverLength, check_context
 from quantbench.weights import Source, check_name, find
 
@@ -68,8 +68,9 @@ def plan(models: object, settings: object, engines: object, workloads: list[Work
     if settings == "all":
         settings = [key for key, row in SETTINGS.items() if row.quantisation not in FILES_OWN and not why_not(row)]
     asked, facts = [find_setting(key) for key in many(settings)], machine.facts()
+    numbers = [one if one == "all" else whole("gpus", one) for one in many(gpus)]
     rows = [on_gpus(row, number, facts) for row in asked
-            for number in (many(gpus) if row.device == "cuda" and not row.offload else [1])]
+            for number in (numbers if row.device == "cuda" and not row.offload else [1])]
     reasons = {row: why_not(row) for row in rows}
     for engine in engines:
         find_engine(engine)
@@ -78,12 +79,10 @@ def plan(models: object, settings: object, engines: object, workloads: list[Work
         source = None if all(reasons.values()) else find(name, weights)
         for workload in dict.fromkeys(workloads):
             try:
-                if source is not None:
-                    check_context(source, workload)
-            except OverLength:
-                raise
-            except Exception:  # a broken tokenizer.json may raise anything: the load of each cell will say so
-                pass
+                source and check_context(source, workload)
+            except Exception as error:  # a broken tokenizer.json may raise anything: the load of each cell will say so
+                if isinstance(error, OverLength):
+                    raise
             cells += [Cell(name, row, engine, workload, None if reason else source, reason)
                       for row, reason in reasons.items() for engine in engines]
     return cells

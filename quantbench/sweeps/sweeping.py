@@ -42,15 +42,16 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
     children are killed and unfinished cells give no row. A `concurrent.futures.Executor` or a Dask `distributed.Client`
     takes a model's cells as one job for one worker (Dask's have one each; where a setting needs a GPU, those that offer
     the resource GPU): rows come, and reach `run`, when a model ends, and what a lost worker had is `crashed`.
-
     Raises ValueError at once, before anything is loaded, for a mistake in any argument."""
     axes = map(many, (max_new_tokens, batch_size, prompt_tokens, depth, cache))
     workloads = [Workload(prompt, length, batch, repeats, budget_s, *rest) for length, batch, *rest in product(*axes)]
     cells = plan(models, settings, engine, workloads, weights, gpus)
     if executor not in (None, "inline") and not hasattr(executor, "submit"):
         raise ValueError(unknown("executor", executor, ("inline",)))
-    if not timeout_s > 0:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
         raise ValueError(f"timeout_s must be above 0 seconds, not {timeout_s!r}")
+    if not isinstance(run, Run | None):
+        raise ValueError(f"run must be a qb.Run, such as qb.Run.open(path), not {run!r}")
     known, stop = {row.key: row for row in run or ()}, stop or threading.Event()
     todo = missing(cells, known, retry, trace)
     if kept := len({cell.key for cell in cells} - {cell.key for cell in todo}):
