@@ -68,6 +68,28 @@ def test_it_starts_from_the_run_and_a_cell_that_it_holds_is_measured_again(tiny_
     assert [len(row.latencies_s) for row in run] == [2]
 
 
+def test_what_fits_and_which_to_take_are_two_buttons(tiny_gpt2):
+    panel = make(tiny_gpt2, settings=("cpu-fp32", "cpu-bf16"), tokens=8)
+    panel.fit_button.click()
+    wait(lambda: not panel.fit_button.disabled)
+    assert "Decode floor (ms)" in panel.answer.value and not len(panel.run) and panel.error.value == ""
+    panel.limits["keep"].value = 0
+    panel.choose_button.click()
+    assert panel.fit_button.disabled and panel.run_button.disabled and not panel.stop_button.disabled
+    wait(lambda: not panel.choose_button.disabled)
+    assert {(row.setting, len(row.rounds) >= 6) for row in panel.run} == {("cpu-fp32", True), ("cpu-bf16", True)}
+    assert "Which to take" in panel.answer.value and "CPU BF16" in panel.answer.value and panel.error.value == ""
+    rounds = [row.rounds for row in panel.run]
+    panel.limits["ram_gb"].value = 1e-6  # other limits: nothing is measured twice
+    panel.choose_button.click()
+    wait(lambda: not panel.choose_button.disabled)
+    assert "ruled out" in panel.answer.value and [row.rounds for row in panel.run] == rounds
+    panel.limits["ttft_s"].value = -1
+    panel.choose_button.click()
+    wait(lambda: not panel.choose_button.disabled)
+    assert "above 0: ttft_s" in panel.error.value
+
+
 def test_stop_in_a_long_cell_keeps_the_rows_and_a_new_panel_stops_too(tiny_gpt2, tmp_path):
     panel = make(tiny_gpt2)
     measure(panel)

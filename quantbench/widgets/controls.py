@@ -1,17 +1,19 @@
-"""The sweep behind buttons: choose, press Run, and watch the table and the charts grow."""
+"""The package behind buttons: measure, and watch table and charts grow; ask what fits, and which setting to take."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ipywidgets as widgets
 from tqdm.notebook import tqdm
 
 from quantbench.charts import CHARTS
+from quantbench.choice.choosing import choose
+from quantbench.choice.fitting import fit
 from quantbench.loading import why_not
 from quantbench.records import Measurement
 from quantbench.results import Run
@@ -23,13 +25,15 @@ from quantbench.wording import html_text
 
 _BAR = "{desc}{bar}{n_fmt} of {total_fmt} cells [{elapsed}<{remaining}]"
 _WRAP = {"flex_flow": "row wrap"}
+_LIMITS = {"vram_gb": "VRAM (GB)", "ram_gb": "RAM (GB)", "ttft_s": "TTFT (s)", "min_tokens_per_s": "Tokens/s",
+           "keep": "Accuracy kept"}  # of `choose`; 0: none
 _FIELD = {"style": {"description_width": "9em"}, "layout": {"width": "auto", "max_width": "50em"}}
 _current: Panel | None = None  # measuring two at once would slow both: a new panel stops the one before
 
 
 def panel(run: Run | None = None) -> Panel:
-    """Buttons and fields for `sweep`: what it measures is added to `run` (a new one if None), replacing the same cells
-    there. A panel made later stops the measuring of this one."""
+    """Buttons and fields for `sweep`, `fit` and `choose`: what is measured is added to `run` (a new one if None); Run
+    replaces the same cells there. A panel made later stops the measuring of this one."""
     global _current
     if _current is not None:
         _current.stop()
@@ -55,14 +59,20 @@ class Panel(widgets.VBox):
         self.settings = {key: widgets.Checkbox(key in EXPERIMENT and not why_not(row), description=row.label,
                                                disabled=bool(why_not(row)), indent=False, layout={"width": "auto"})
                          for key, row in SETTINGS.items()}
+        self.limits = {name: widgets.FloatText(0.99 * (name == "keep"), description=label, step=0.01, layout={
+            "width": "13em"}, style={"description_width": "7em"}) for name, label in _LIMITS.items()}
         self.run_button = widgets.Button(description="Run", button_style="primary", icon="play")
+        self.fit_button = widgets.Button(description="What fits", icon="balance-scale")
+        self.choose_button = widgets.Button(description="Which to take", icon="check")
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
         self.save_button = widgets.Button(description="Save", icon="save")
         self.run_button.on_click(lambda _: self.start())
+        self.fit_button.on_click(lambda _: self.fit())
+        self.choose_button.on_click(lambda _: self.choose())
         self.stop_button.on_click(lambda _: self.stop())
         self.save_button.on_click(lambda _: self.save())
         self.progress = widgets.VBox()  # tqdm's bar, once there is one
-        self.error, self.table, self.saved = (widgets.HTML(layout={"overflow": "auto"}) for _ in range(3))
+        self.error, self.answer, self.table, self.saved = (widgets.HTML(layout={"overflow": "auto"}) for _ in range(4))
         self.charts = {name: widgets.Image(layout={"max_width": "100%"}) for name in CHARTS}
         self._tabs = widgets.Tab(list(self.charts.values()))
         for place, chart in enumerate(CHARTS.values()):
@@ -70,8 +80,13 @@ class Panel(widgets.VBox):
         home = run.path.parent if run.path else "results/local/panel"
         self.folder = widgets.Text(str(home), description="Folder", **_FIELD)
         super().__init__([self.models, self.other, self.max_new_tokens, self.prompt, self.repeats, *self._boxes(),
-                          widgets.HBox([self.run_button, self.stop_button]), self.progress, self.error, self.table,
-                          self._tabs, self.folder, self.save_button, self.saved])
+                          widgets.HTML(
+                              "<b>Limits of what to take</b> (speed and accuracy at least, others at most; 0: none)"),
+                          widgets.HBox([*self.limits.values()], layout=_WRAP),
+                          widgets.HBox([self.run_button, self.fit_button, self.choose_button, self.stop_button],
+                                       layout=_WRAP),
+                          self.progress, self.error, self.answer, self.table, self._tabs, self.folder,
+                          self.save_button, self.saved])
         self._show()
 
     def _boxes(self) -> Iterator[widgets.Widget]:
@@ -83,20 +98,54 @@ class Panel(widgets.VBox):
 
     def start(self) -> None:
         """What the Run button does."""
-        models = [*self.models.value, *filter(None, [self.other.value.strip()])]
-        settings = [key for key, box in self.settings.items() if box.value and not box.disabled]
-        self._mistake("" if models and settings else "choose a model, or give a Hub id or a folder, and a setting")
+        asked = self._asked() | {"prompt": self.prompt.value, "repeats": self.repeats.value or None}
+
+        def measure(stop: threading.Event, bar: tqdm) -> None:
+            with contextlib.closing(sweep(**asked, stop=stop, progress=bar)) as rows:
+                for row in () if stop.is_set() else rows:
+                    self.run.add(row)
+                    self._show()  # nothing is timed until the next row is asked for: drawing disturbs no sample
+        self._begin(measure, bool(asked["models"] and asked["settings"]), "a setting")
+
+    def fit(self) -> None:
+        """What the "What fits" button does: `fit` for each model."""
+        def estimate(stop: threading.Event, bar: tqdm) -> None:
+            self.answer.value = "".join(fit(model, run=self.run)._repr_html_() for model in models)
+        models = self._asked()["models"]
+        self._begin(estimate, bool(models))
+
+    def choose(self) -> None:
+        """What the "Which to take" button does: `choose` for the model, among the settings that are ticked."""
+        asked = self._asked() | {name: field.value or None for name, field in self.limits.items()}
+        models = asked.pop("models")
+
+        def take(stop: threading.Event, bar: tqdm) -> None:
+            chosen = [choose(model, **asked, run=self.run, stop=stop, progress=bar) for model in models]
+            self.answer.value = "".join(one._repr_html_() for one in chosen)
+            self._show()
+        self._begin(take, bool(models and asked["settings"]), "a setting")
+
+    def _asked(self) -> dict:
+        return {"models": [*self.models.value, *filter(None, [self.other.value.strip()])],
+                "settings": [key for key, box in self.settings.items() if box.value and not box.disabled],
+                "max_new_tokens": self.max_new_tokens.value}
+
+    def _begin(self, work: Callable, enough: bool, more: str = "") -> None:
+        """`work` in a thread of its own, if nothing else is at work."""
+        self._mistake("" if enough else f"choose a model, or give a Hub id or a folder{', and ' * bool(more)}{more}")
         if self.error.value or self._stop is not None:
             return
         self._stop = threading.Event()
         self._bar = tqdm(desc="Looking for the weights", bar_format=_BAR, display=False)
         self.progress.children = [self._bar.container]
-        self.run_button.disabled = self.save_button.disabled = True
-        self.stop_button.disabled = False
-        asked = {"models": models, "settings": settings, "max_new_tokens": self.max_new_tokens.value,
-                 "prompt": self.prompt.value, "repeats": self.repeats.value or None}
-        self._measuring = threading.Thread(target=self._measure, args=(self._stop, self._bar, asked), daemon=True)
+        self._idle(False)
+        self._measuring = threading.Thread(target=self._work, args=(self._stop, self._bar, work), daemon=True)
         self._measuring.start()
+
+    def _idle(self, idle: bool) -> None:
+        for button in (self.run_button, self.fit_button, self.choose_button, self.save_button):
+            button.disabled = not idle
+        self.stop_button.disabled = idle
 
     def stop(self) -> None:
         """What the Stop button does: end the measuring processes, keep the rows."""
@@ -113,13 +162,10 @@ class Panel(widgets.VBox):
         except (ValueError, OSError) as error:
             self._mistake(str(error))
 
-    def _measure(self, stop: threading.Event, bar: tqdm, asked: dict) -> None:
+    def _work(self, stop: threading.Event, bar: tqdm, work: Callable) -> None:
         words = "Done"
         try:
-            with contextlib.closing(sweep(**asked, stop=stop, progress=bar)) as rows:
-                for row in () if stop.is_set() else rows:
-                    self.run.add(row)
-                    self._show()  # nothing is timed until the next row is asked for: drawing disturbs no sample
+            work(stop, bar)
         except Exception as error:
             words, known = "Ended early", isinstance(error, (ValueError, OSError))
             if not stop.is_set():
@@ -131,8 +177,7 @@ class Panel(widgets.VBox):
             self._bar.set_description(words)
             self._bar.close()
             self._stop = None
-            self.run_button.disabled = self.save_button.disabled = False
-            self.stop_button.disabled = True
+            self._idle(True)
 
     def _show(self) -> None:
         """The table and the charts anew, from the run."""

@@ -1,9 +1,10 @@
-"""Notebook 01 and its panel in a real browser: JupyterLab on loopback, driven through headless Chromium.
+"""Notebooks 01, its panel, and 04 in a real browser: JupyterLab on loopback, driven through headless Chromium.
 
 usage: python tests/browser/drive.py
 
-Runs all with a tiny model, re-runs one cell with another length, then works the panel: slider, Run, Stop. Every step
-is checked and leaves a screenshot in build/browser, in JupyterLab's light theme and at the end in its dark one.
+Runs all with a tiny model, re-runs one cell with another length, then works the panel: slider, Run, Stop, what fits and
+which to take; then 04, from its limits to the line that loads the answer. Every step is checked and leaves a screenshot
+in build/browser, in JupyterLab's light theme and at the end in its dark one.
 """
 
 import contextlib
@@ -28,7 +29,12 @@ from quantbench.charts import CHARTS
 from quantbench.settings import more_settings
 
 ROOT = Path(__file__).parent.parent.parent
-NAME = "01_quantization_benchmark.ipynb"
+SMALL = {  # notebook -> parameters that take seconds
+    "01_quantization_benchmark.ipynb": {"models": ["./tiny-gpt2"], "max_new_tokens": [4], "compare_tokens": 5,
+                                        "cell_budget_s": 0.1, "results": "rows.jsonl"},
+    "04_choose.ipynb": {"model": "./tiny-gpt2", "max_new_tokens": 8, "settings": ["cpu-fp32", "cpu-int8-dynamic"],
+                        "results": "chosen.jsonl"}}
+FIRST, LAST = SMALL
 SHOTS = ROOT / "build" / "browser"
 # small, but it can be asked for a thousand tokens: that is the long cell
 MODEL = {"model_type": "gpt2", "n_layer": 8, "n_head": 4, "n_embd": 64, "n_positions": 1100, "vocab_size": 500,
@@ -38,7 +44,7 @@ SETTINGS = {  # every cell is in the page, not only those in view; and nothing p
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 WORKING_S = 400  # for what takes 30 s on a quiet machine
-IN_NOTEBOOK = 5  # charts
+IN_NOTEBOOK = 4  # charts
 
 
 def main() -> None:
@@ -52,24 +58,26 @@ def main() -> None:
         browser = play.chromium.launch(executable_path=chromium)
         page = browser.new_page(viewport={"width": 1360, "height": 2000})
         try:
-            page.goto(address)
+            page.goto(address.format("tree", FIRST))
             run_all(page)
+            look_at_first(page)
             rerun_one_cell(page)
             use_panel(page, server)
+            choose(browser.new_page(viewport=page.viewport_size), address.format("workspaces/two/tree", LAST))
             dark(page)
         except BaseException:
             page.screenshot(path=SHOTS / "failed.png")
             raise
         browser.close()
-    print(f"notebook 01 in a browser: all well in {time.monotonic() - start:.0f} s; screenshots in {SHOTS}")
+    print(f"notebooks 01 and 04 in a browser: all well in {time.monotonic() - start:.0f} s; screenshots in {SHOTS}")
 
 
 # ---- the server ----
 
 @contextlib.contextmanager
 def served(home: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """JupyterLab with a tiny copy of the notebook: the address to open, and the server's process."""
-    notebook = shrunk(home)
+    """JupyterLab with tiny copies of the notebooks: the address to open, and the server's process."""
+    shrink(home)
     for plugin, values in SETTINGS.items():
         path = home / "lab" / f"{plugin}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,24 +97,22 @@ def served(home: Path) -> Iterator[tuple[str, psutil.Process]]:
                                    env=environment, stdout=log, stderr=log)
     try:
         wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", process)
-        yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token={token}", psutil.Process(process.pid)
+        yield f"http://127.0.0.1:{port}/lab/{{}}/{{}}?token={token}", psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(30)
 
 
-def shrunk(home: Path) -> Path:
-    """A copy of the notebook whose parameters take seconds."""
+def shrink(home: Path) -> None:
+    """Copies of the notebooks with SMALL parameters."""
     (home / "tiny-gpt2").mkdir()
     (home / "tiny-gpt2" / "config.json").write_text(json.dumps(MODEL))
-    small = {"models": ["./tiny-gpt2"], "max_new_tokens": [4], "compare_tokens": 5, "cell_budget_s": 0.1,
-             "results": "rows.jsonl"}
-    book = json.loads((ROOT / "notebooks" / NAME).read_text())
-    cell = next(cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", []))
-    cell["source"] = "".join(f"{name} = {small[name]!r}\n" if (name := line.split(" = ")[0]) in small else line
-                             for line in cell["source"])
-    (home / NAME).write_text(json.dumps(book))
-    return home / NAME
+    for name, small in SMALL.items():
+        book = json.loads((ROOT / "notebooks" / name).read_text())
+        cell = next(cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", []))
+        cell["source"] = "".join(f"{key} = {small[key]!r}\n" if (key := line.split(" = ")[0]) in small else line
+                                 for line in cell["source"])
+        (home / name).write_text(json.dumps(book))
 
 
 def wait_for(url: str, process: subprocess.Popen) -> None:
@@ -129,6 +135,9 @@ def run_all(page: Page) -> None:
     expect(page.locator(".jp-CodeCell .jp-InputPrompt").last).to_have_text(re.compile(r"\[\d+\]:"),
                                                                           timeout=WORKING_S * 1000)
     no_errors(page)
+
+
+def look_at_first(page: Page) -> None:
     shot(cell(page, "qb.show(run)"), "1-table")
     rows = table(cell(page, "qb.show(run)"))
     more = len(more_settings({}))  # the four settings by themselves, and in turns with the CPU's own
@@ -180,7 +189,26 @@ def use_panel(page: Page, server: psutil.Process) -> None:
     shot(panel, "5-panel-after-run")
     stop_a_long_one(page, panel, server)
     assert table(panel) == after and len(after) >= len(before)
+    press(panel, "What fits")
+    expect(panel.get_by_text("Decode floor (ms)")).to_be_visible(timeout=WORKING_S * 1000)
+    press(panel, "Which to take")
+    expect(panel.get_by_text(re.compile("keep CPU FP32|take CPU"))).to_be_visible(timeout=WORKING_S * 1000)
+    wait_to_read(panel, "Done: ")
+    shot(panel, "8-panel-chosen")
     no_errors(page)
+
+
+def choose(page: Page, address: str) -> None:
+    """Notebook 04, run whole: the answer, and the line that loads it."""
+    page.goto(address)
+    run_all(page)
+    said = cell(page, "qb.choose(model").locator(".jp-OutputArea-output").last
+    expect(said.get_by_text(re.compile("(take|keep) CPU .* tokens/s"))).to_be_visible()
+    loads = cell(page, "choice.load_line").locator(".jp-OutputArea-output")
+    assert loads.inner_text().startswith("lm = qb.load('./tiny-gpt2', 'cpu-"), loads.inner_text()
+    for name, source in {"fits": "qb.fit(model", "answer": "qb.choose(model", "chart": "qb.plot_quality(run)"}.items():
+        shot(cell(page, source), f"9-choose-{name}")
+    page.close()
 
 
 def stop_a_long_one(page: Page, panel: Locator, server: psutil.Process) -> None:
@@ -207,7 +235,7 @@ def dark(page: Page) -> None:
     page.wait_for_timeout(1000)
     for name, source in {"table": "qb.show(run)", "chart": "qb.plot_vram(run)", "findings": "qb.findings(run)",
                          "panel": "qb.panel(run)"}.items():
-        shot(cell(page, source), f"8-dark-{name}")
+        shot(cell(page, source), f"10-dark-{name}")
 
 
 # ---- eyes and hands ----
