@@ -79,15 +79,17 @@ class Panel(widgets.VBox):
             self._tabs.set_title(place, chart.tab)
         home = run.path.parent if run.path else "results/local/panel"
         self.folder = widgets.Text(str(home), description="Folder", **_FIELD)
-        super().__init__([self.models, self.other, self.max_new_tokens, self.prompt, self.repeats, *self._boxes(),
-                          widgets.HTML(
-                              "<b>Limits of what to take</b> (speed and accuracy at least, others at most; 0: none)"),
-                          widgets.HBox([*self.limits.values()], layout=_WRAP),
-                          widgets.HBox([self.run_button, self.fit_button, self.choose_button, self.stop_button],
-                                       layout=_WRAP),
-                          self.progress, self.error, self.answer, self.table, self._tabs, self.folder,
-                          self.save_button, self.saved])
+        super().__init__(self._lines())
         self._show()
+
+    def _lines(self) -> list[widgets.Widget]:
+        """From top to bottom."""
+        heading = "<b>Limits of what to take</b> (speed and accuracy at least, others at most; 0: none)"
+        buttons = [self.run_button, self.fit_button, self.choose_button, self.stop_button]
+        return [self.models, self.other, self.max_new_tokens, self.prompt, self.repeats, *self._boxes(),
+                widgets.HTML(heading), widgets.HBox([*self.limits.values()], layout=_WRAP),
+                widgets.HBox(buttons, layout=_WRAP), self.progress, self.error, self.answer, self.table, self._tabs,
+                self.folder, self.save_button, self.saved]
 
     def _boxes(self) -> Iterator[widgets.Widget]:
         """What can be ticked, then what cannot, under the reason why."""
