@@ -38,10 +38,10 @@ class Table:
     grey: Iterable[int] = ()
 
     def _texts(self) -> pd.DataFrame:
-        """Every cell as text, a dash where there is nothing."""
-        rows = [[plain(value) if isinstance(value, str) else EMPTY if pd.isna(value) else
-                 f"{value:.{self.decimals.get(name, 0)}f}" for name, value in zip(self.frame, line)]
-                for line in self.frame.itertuples(index=False)]
+        """Every cell as text: both ends of an interval, a dash where there is nothing."""
+        rows = [[plain(value) if isinstance(value, str) else span(value, digits) if isinstance(value, tuple) else
+                 EMPTY if pd.isna(value) else f"{value:{digits}}" for name, value in zip(self.frame, line)
+                 for digits in [f".{self.decimals.get(name, 0)}f"]] for line in self.frame.itertuples(index=False)]
         return pd.DataFrame(rows, columns=[plain(name) for name in self.frame], dtype=object)
 
     def _sides(self) -> list[str]:

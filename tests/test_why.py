@@ -266,6 +266,7 @@ def test_which_setting_answers_first_and_where_they_change_places():
         "CPU FP32." for batch in (1, 4)]
     assert len(qb.plot_prompts(rows).axes) == 3
     table = qb.prompt_table(rows)
+    assert "7960.2–8000.0" in repr(qb.show(table)) and "Depth" not in repr(qb.show(table))
     assert table["Prefill tokens/sec"].iloc[0] == pytest.approx(10_000, rel=0.01)
     assert table["Decode tokens/sec"].iloc[0] == pytest.approx(1 / 0.03, rel=0.01)
     told = qb.ratios(rows, figure="prefill_tokens_per_s")

@@ -14,6 +14,7 @@ from quantbench.conclusions import Findings, compared
 from quantbench.intervals import median_interval
 from quantbench.labels import Cell, cells, machine_of
 from quantbench.records import FIGURES, Measurement
+from quantbench.tables import view
 from quantbench.wording import listed
 
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
@@ -28,9 +29,11 @@ def prompt_table(run: Iterable[Measurement]) -> pd.DataFrame:
              *(part for rate in RATES for part in (getattr(cell.row, rate), median_interval(cell.row.rates(rate)))))
             for cell in cells(run) if cell.measured]
     names = [name for rate in RATES for name in (FIGURES[rate], f"{FIGURES[rate]} 95%")]
+    numbers = dict.fromkeys(["Prompt tokens", "Batch", "Depth", FIGURES["cache_per_token"]], 0)
+    numbers |= {FIGURES["ttft_s"]: 3} | dict.fromkeys(names, 1)
     columns = ["Model", "Setting", "Prompt tokens", "Batch", "Depth", "Cache",
                *map(FIGURES.get, ("cache_per_token", "ttft_s")), *names]
-    return pd.DataFrame(rows, columns=columns).set_index("Model")
+    return view(pd.DataFrame(rows, columns=columns).set_index("Model"), [], numbers)
 
 
 def prompt_findings(run: Iterable[Measurement]) -> Findings:

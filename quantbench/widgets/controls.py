@@ -27,7 +27,7 @@ _BAR = "{desc}{bar}{n_fmt} of {total_fmt} cells [{elapsed}<{remaining}]"
 _WRAP = {"flex_flow": "row wrap"}
 _LIMITS = {"vram_gb": "VRAM (GB)", "ram_gb": "RAM (GB)", "ttft_s": "TTFT (s)", "min_tokens_per_s": "Tokens/s",
            "keep": "Accuracy kept"}  # of `choose`; 0: none
-_FIELD = {"style": {"description_width": "9em"}, "layout": {"width": "auto", "max_width": "50em"}}
+_FIELD = {"style": {"description_width": "11em"}, "layout": {"width": "auto", "max_width": "50em"}}
 _current: Panel | None = None  # measuring two at once would slow both: a new panel stops the one before
 
 
@@ -60,7 +60,7 @@ class Panel(widgets.VBox):
                                                disabled=bool(why_not(row)), indent=False, layout={"width": "auto"})
                          for key, row in SETTINGS.items()}
         self.limits = {name: widgets.FloatText(0.99 * (name == "keep"), description=label, step=0.01, layout={
-            "width": "13em"}, style={"description_width": "7em"}) for name, label in _LIMITS.items()}
+            "width": "15em"}, style={"description_width": "8em"}) for name, label in _LIMITS.items()}
         self.run_button = widgets.Button(description="Run", button_style="primary", icon="play")
         self.fit_button = widgets.Button(description="What fits", icon="balance-scale")
         self.choose_button = widgets.Button(description="Which to take", icon="check")
