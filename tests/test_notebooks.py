@@ -52,7 +52,7 @@ def test_there_is_one_parameters_cell_that_papermill_can_set(notebook):
 def test_cells_are_short_and_logic_lives_in_the_package(notebook):
     for cell in code_cells(notebook)[1:]:
         tree = ast.parse(plain(cell.source))
-        assert len(cell.source.splitlines()) <= (10 if cell.metadata.get("tags") else 8), cell.source
+        assert len(cell.source.splitlines()) <= (12 if cell.metadata.get("tags") else 8), cell.source  # a form has a field a line
         assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)) for node in ast.walk(tree))
 
 
