@@ -235,9 +235,11 @@ def _commit() -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor's name: "Intel(R) Xeon(R) CPU @ 2.20GHz"."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    """The processor's name: "Intel(R) Xeon(R) CPU @ 2.20GHz"; of one that hides its number, "AMD EPYC" of any year, with
+    its family and model."""
+    with contextlib.suppress(OSError, LookupError):
+        lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+        told = {name.strip(): value.strip() for name, value in lines}
+        hidden = not any(map(str.isdigit, told["model name"]))
+        return told["model name"] + hidden * f" (family {told.get('cpu family')}, model {told.get('model')})"
     return platform.processor() or platform.machine() or "unknown CPU"

@@ -51,6 +51,10 @@ def test_the_smallest_limit_up_the_tree_of_control_groups_holds(tmp_path, groups
     assert tuple(machine.group_limits(tree(tmp_path, groups, files)).values()) == expected
 
 
+def test_a_processors_name_tells_it_from_the_next_years():
+    assert any(map(str.isdigit, machine.facts()["cpu"]))  # "AMD EPYC" is what several generations say of themselves
+
+
 def test_limits_are_in_the_facts_and_in_what_is_free(monkeypatch, tmp_path):
     assert set(machine.group_limits(tmp_path).values()) == {math.inf}  # no such system
     monkeypatch.setattr(machine, "group_limits", lambda: {"bytes": 5 * 10**7, "free": 10**7, "cores": 0.5})
