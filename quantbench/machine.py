@@ -235,7 +235,7 @@ def _commit() -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor's name: "Intel(R) Xeon(R) CPU @ 2.20GHz"; where that hides its number ("AMD EPYC" of any year), with
+    """The processor's name: "Intel(R) Xeon(R) CPU @ 2.20GHz"; where it has no number ("AMD EPYC" of any year), with
     its family and model."""
     with contextlib.suppress(OSError, LookupError):
         lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
