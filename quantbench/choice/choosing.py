@@ -66,8 +66,7 @@ def _plan(name: str, asked: dict, batch_size: int, settings: list[str] | None,
     return base, [key for key in dict.fromkeys([base, *wanted]) if key and key not in ruled_out], ruled_out
 
 
-def _with_quality(name: str, base: str | None, run: Run, stop: threading.Event,
-                  judge: Callable[[], Choice]) -> Choice:
+def _with_quality(name: str, base: str | None, run: Run, stop: threading.Event, judge: Callable[[], Choice]) -> Choice:
     """Evaluate the settings whose quality could change the answer, one by one, against the baseline."""
     choice, reference, tried = judge(), None, set()
     while base and not stop.is_set() and (todo := [key for key in choice.unread if key not in tried]):

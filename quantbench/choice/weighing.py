@@ -46,7 +46,7 @@ class Choice:
         return load_line(self.row) if self.row else ""
 
     def _table(self) -> Table:
-        told = self.ranked.loc[:, ~self.ranked.isin(["", "eager"]).where(self.ranked.notna(), True).all()]
+        told = self.ranked.loc[:, ~(self.ranked.isna() | self.ranked.isin(["", "eager"])).all()]
         return Table(told, ["Which to take"], decimals=_DECIMALS)
 
     def __repr__(self) -> str:

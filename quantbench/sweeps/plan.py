@@ -80,9 +80,10 @@ def plan(models: object, settings: object, engines: object, workloads: list[Work
         for workload in dict.fromkeys(workloads):
             try:
                 source and check_context(source, workload)
-            except Exception as error:  # a broken tokenizer.json may raise anything: the load of each cell will say so
-                if isinstance(error, OverLength):
-                    raise
+            except OverLength:
+                raise
+            except Exception:  # a broken tokenizer.json may raise anything: the load of each cell will say so
+                pass
             cells += [Cell(name, row, engine, workload, None if reason else source, reason)
                       for row, reason in reasons.items() for engine in engines]
     return cells
