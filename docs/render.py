@@ -20,12 +20,13 @@ CHARTS = ROOT / "docs" / "charts"
 PUBLISHED = ROOT / "results" / "published"
 FIRST_EDITION = (" These rows are of the first edition, whose graph engine joined kernels by hand and whose traces are "
                  "not read ([why](../docs/lab-notes.md)): verdicts come when they are measured anew.")
+FOLDERS = ("", "why", "methods", "engines", "prompts", "gpus")  # under PUBLISHED
 STUDENT = "gpt2"  # the model whose speeds the front page says
 COSTS = {"Tokens/sec": 1, "VRAM (GB)": 3, "Weights (GB)": 3, "Top-1 agreement": 3, "Accuracy kept": 3}  # -> decimals
 
 
 def published(folder: str = "") -> dict[str, qb.Run]:
-    """The published runs of notebook 01, 02 ("quality") or 03 ("why") by file; machines with a GPU come first."""
+    """The published runs of a folder by file: what notebooks 01 and 02 measure, or of FOLDERS; GPUs come first."""
     runs = {path.stem: qb.Run.read(path) for path in sorted((PUBLISHED / folder).glob("*.jsonl"))}
     return dict(sorted(runs.items(), key=lambda item: not machine(item[1]).get("gpu")))
 
@@ -63,8 +64,8 @@ def grown(run: qb.Run) -> qb.Run | None:
 PLOTS = {
     "": {"throughput": (qb.plot_throughput, eager), "memory": (qb.plot_vram, eager),
          "quality": (qb.plot_quality, judged)},
-    "quality": {"quality": (qb.plot_quality, judged)},
     "why": {"floor": (qb.plot_floor, steps), "scaling": (qb.plot_scaling, grown)},
+    "prompts": {"prompts": (qb.plot_prompts, lambda run: run)},
 }
 
 
@@ -132,20 +133,19 @@ def speed(run: qb.Run) -> str:
     verdicts = {"faster": "faster than", "slower": "slower than", "tie": "a tie with"}
     length, measured = found["Workload"].iloc[-1], {row.setting for row in run if row.status == "ok"}
     base = next(qb.SETTINGS[key].label for key in BASELINES if key in measured)
-    named = {verdict: [f"{row.Setting} ({row.Ratio:.2f} times, {span((row.Low, row.High), '.2f')})"
-                       for row in found.itertuples() if (row.Workload, row.Verdict) == (length, verdict)]
-             for verdict in verdicts}
-    said = [f"{listed(names)} {'are' if names[1:] else 'is'} {verdicts[verdict]} {base}"
-            for verdict, names in named.items() if names]
+    said = []
+    for verdict, rows in found[found["Workload"] == length].groupby("Verdict", sort=False):
+        times = dict.fromkeys(f"{end:.2f}" for end in (rows["Ratio"].min(), rows["Ratio"].max()))
+        said.append(f"{listed(list(rows['Setting']))} {'are' if len(rows) > 1 else 'is'} {verdicts[verdict]} {base} "
+                    f"({' to '.join(times)} times)")
     return markdown_text(f"{cells(run)[0].title}, {length}: {'; '.join(said)}.")
 
 
 def kept() -> list[str]:
     """Of the first model with a quality: which of its settings keep 99% of the reference's accuracy."""
     words = {True: "kept by", False: "not kept by", None: "not told of"}
-    for run in (run for folder in ("quality", "") for run in published(folder).values()):
+    for run in filter(judged, published().values()):
         found = [one for one in run.qualities if one.status == "ok" and one.setting != one.reference]
-        found = [one for one in found if one.model == found[0].model]
         said = [f"{words[answer]} {listed(names)}" for answer in words
                 if (names := [one.setting_label for one in found if one.keeps_99 is answer])]
         if said:
@@ -156,8 +156,7 @@ def kept() -> list[str]:
 
 def costs() -> str:
     """Markdown of five settings of a model with real weights: what they cost and what they keep."""
-    name, run = next(iter(published("quality").items()))
-    run = run if len(run) else qb.Run([*published()[name], *run.qualities])
+    run = next(filter(judged, published().values()))
     frame = qb.quality_table(run)
     frame = frame[frame.index == frame.index[0]].head(5)
     caption = [frame.index[0], first(run).machine_name, str(frame["Workload"].iloc[0]), "real weights"]
@@ -169,30 +168,28 @@ def costs() -> str:
 def tables() -> str:
     """Markdown of every machine: findings, charts and tables; then what is known of quality, and why."""
     parts = []
-    for name in dict.fromkeys([*published(), *published("quality")]):
+    for name in dict.fromkeys(name for folder in FOLDERS for name in published(folder)):
         run = published().get(name)
-        here = first(run or published("quality")[name]).machine_name
+        here = next(first(published(folder)[name]) for folder in FOLDERS if name in published(folder)).machine_name
         parts += [f"## {here}"] + ([] if run is None else [
             made_by(f"{name}.jsonl", run), qb.findings(run)._repr_markdown_(),
             picture(name, "throughput", f"Tokens per second of every setting on {here}"),
             picture(name, "memory", f"Memory of every setting on {here}"),
-            folded("Every row", qb.show(row for row in run if row.status == "ok").markdown())])
-        parts += quality(name)
+            folded("Every row", qb.show(row for row in run if row.status == "ok").markdown()), *quality(name, run)])
         parts += why(name, published("why")[name]) if name in published("why") else []
         parts += beside("methods", "Which library quantises", name, "decode")
+        parts += beside("engines", "Three engines", name, "decode")
+        parts += prompts(name)
         parts += beside("gpus", "One GPU and two", name, "decode", "prefill")
     return "\n\n".join(parts)
 
 
-def quality(name: str) -> list[str]:
-    """Markdown of a machine's qualities: notebook 02's file, or what notebook 01's holds of them."""
-    for folder in ("quality", ""):
-        if (run := published(folder).get(name)) is not None and run.qualities:
-            return ["### Quality beside speed", made_by(f"{folder}/{name}.jsonl".lstrip("/"), run),
-                    qb.quality_findings(run)._repr_markdown_(),
-                    folded("Every setting", qb.show_quality(run).markdown()),
-                    picture(name, "quality", "Speed of every setting against its KL divergence from the reference")]
-    return []
+def quality(name: str, run: qb.Run) -> list[str]:
+    """Markdown of a run's qualities."""
+    return [] if judged(run) is None else [
+        "### Quality beside speed", qb.quality_findings(run)._repr_markdown_(),
+        folded("Every setting", qb.show_quality(run).markdown()),
+        picture(name, "quality", "Speed of every setting against its KL divergence from the reference")]
 
 
 def why(name: str, run: qb.Run) -> list[str]:
@@ -205,6 +202,15 @@ def why(name: str, run: qb.Run) -> list[str]:
             picture(name, "scaling", f"Tokens per second over the unquantised setting's, on {here}")])
 
 
+def prompts(name: str) -> list[str]:
+    """Markdown of prompt lengths by batch sizes on a machine: which setting answers first, and every rate."""
+    if (run := published("prompts").get(name)) is None:
+        return []
+    return ["### Prompts and batches", made_by(f"prompts/{name}.jsonl", run), qb.prompt_findings(run)._repr_markdown_(),
+            picture(name, "prompts", f"Prefill and decode by prompt length on {first(run).machine_name}"),
+            folded("Every row", qb.show(qb.prompt_table(run)).markdown())]
+
+
 def beside(folder: str, title: str, name: str, *figures: str) -> list[str]:
     """Markdown of one comparison on a machine: its rates over the unquantised setting's, by rounds; and every row."""
     if (run := published(folder).get(name)) is None:
@@ -214,7 +220,8 @@ def beside(folder: str, title: str, name: str, *figures: str) -> list[str]:
     for figure in figures:
         ratios = qb.ratios(run, base, f"{figure}_tokens_per_s").reset_index(drop=True)
         caption = [f"{figure.title()} tokens/sec over {qb.SETTINGS[base].label}, eager", first(run).machine_name]
-        told = Table(ratios.drop(columns="Model"), caption, decimals={"Ratio": 2, "Low": 2, "High": 2, "Rounds": 0})
+        ratios = ratios[ratios["Rounds"] > 0].drop(columns="Model" if ratios["Model"].nunique() < 2 else [])
+        told = Table(ratios, caption, decimals={"Ratio": 2, "Low": 2, "High": 2, "Rounds": 0})
         parts.append(told.markdown())
     return [*parts, folded("Every row", qb.show(run).markdown())]
 

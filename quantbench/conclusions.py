@@ -11,6 +11,8 @@ from quantbench.records import Measurement
 from quantbench.settings import BASELINES, SETTINGS, find_setting
 from quantbench.wording import cut, listed, markdown_text, plain, span
 
+FEW = 3  # of a kind are named one by one: of more, the table tells
+
 
 class Findings(list[str]):
     """Sentences; a notebook shows them as bullets that start bold, with everything from the data escaped."""
@@ -101,7 +103,7 @@ def _speed(group: list[Cell]) -> str:
     level = [cell for cell in (base, *judged) if cell is best or compared(best, cell).verdict == "tie"]
     if base in level:  # who is slower than one of them shares no place with it
         level = [cell for cell in level if cell is base or judged[cell].verdict != "slower"]
-    shown = [cell for cell in level if cell in judged] or [first]
+    shown = [first] if len(level) > FEW else [cell for cell in level if cell in judged] or [first]
     told = [("" if level == [cell] else f"{cell.setting} at ") + f"{judged[cell].value:.2f} "
             f"({span(judged[cell].interval, '.2f')}, {judged[cell].rounds} rounds)" for cell in shown]
     apart = [cell.setting for cell in group if cell is not base and cell not in judged]
@@ -131,4 +133,5 @@ def _caveats(mine: list[Cell]) -> str:
     for cell, tag in zip(mine, tags):
         every = all(other == tag for mate, other in zip(mine, tags) if mate.setting == cell.setting)
         said.setdefault(tag, {})[cell.setting if every else f"{cell.setting} at {cell.workload}"] = None
-    return "; ".join(f"{listed(list(names))} {tag}" for tag, names in said.items() if tag)
+    return "; ".join(f"{listed(list(names))} {tag}" if len(names) <= FEW else
+                     f"{tags.count(tag)} of {len(mine)} cells {tag}" for tag, names in said.items() if tag)

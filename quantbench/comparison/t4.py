@@ -24,8 +24,7 @@ def reference_table(run: Iterable[Measurement] = ()) -> pd.DataFrame:
     """The table's rows, corrected by inference (its note says what), and `run`'s own eager ones beside them. Raises
     ValueError for a run of several machines."""
     rows, data = list(run), pd.read_csv(_HOME / "reference" / "colab-t4.csv")
-    here = f"here: {machine_of(rows)}" if rows else "nothing measured here yet"
-    here += " (random weights)" * any(cell.random for cell in cells(rows))
+    here = f"here: {machine_of(rows)}" + " (random weights)" * any(cell.random for cell in cells(rows))
     rates = {(row.model, row.setting, row.max_new_tokens): row.tokens_per_s for row in rows
              if row.status == "ok" and row.engine == "eager" and row.batch_size == 1}
     ours = [rates.get(asked) for asked in zip(data["model"], data["setting"], data["max_new_tokens"])]
@@ -35,7 +34,8 @@ def reference_table(run: Iterable[Measurement] = ()) -> pd.DataFrame:
         "Setting": [SETTINGS[key].label for key in data["setting"]], LENGTH: data["max_new_tokens"],
         _SECONDS: data["latency_s"], _RATE: data["tokens_per_s"], _VRAM: data["vram_gb"], "New tokens (inferred)": new,
         f"{_RATE} (corrected)": new / data["latency_s"], f"{_RATE} (here)": ours}).set_index("Model")
-    return view(frame.astype({f"{_RATE} (here)": float}), ["Colab T4, reference table", here], _DECIMALS, _NOTE)
+    return view(frame.astype({f"{_RATE} (here)": float}), ["Colab T4, reference table",
+                here if any(ours) else "nothing of it measured here yet"], _DECIMALS, _NOTE)
 
 
 def shipped() -> list[Path]:

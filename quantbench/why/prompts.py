@@ -45,12 +45,12 @@ def prompt_findings(run: Iterable[Measurement]) -> Findings:
         ends: list[tuple[list[Cell], int]] = []  # winners, and the last length that is theirs
         for length, group in lengths.items():
             winners = _fastest(group)
-            if ends and {one.setting for one in ends[-1][0]} & {one.setting for one in winners}:
+            if ends and {*map(_name, ends[-1][0])} & {*map(_name, winners)}:
                 ends.pop()
             ends.append((winners, length))
         parts, last = [], None
         for winners, length in ends:
-            names = listed([one.setting for one in winners])
+            names = listed([*map(_name, winners)])
             where = f"over about {_crossing(last, winners, lengths):,} prompt tokens" if last else \
                 f"up to {length:,} prompt tokens" if len(ends) > 1 else f"from {min(lengths):,} to {length:,}"
             parts.append(f"{where} take {names}" if len(winners) == 1 else f"{where} {names} are a tie")
@@ -96,6 +96,11 @@ def _groups(named: list[Cell]) -> Groups:
     return {place: dict(sorted(lengths.items())) for place, lengths in found.items() if len(lengths) > 1}
 
 
+def _name(cell: Cell) -> str:
+    """The setting's, without the engine, which all share."""
+    return cell.setting.removesuffix(f" · {cell.row.engine}")
+
+
 def _fastest(group: list[Cell]) -> list[Cell]:
     """The cell with the highest rate of whole answers, and those that rounds do not tell from it."""
     best = max(group, key=lambda cell: cell.row.tokens_per_s)
@@ -119,7 +124,7 @@ def _draw_rate(ax: Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:
     lines: dict[str, list[Cell]] = {}
     for group in lengths.values():
         for cell in group:
-            lines.setdefault(cell.setting, []).append(cell)
+            lines.setdefault(_name(cell), []).append(cell)
     for setting, line in lines.items():
         colour, asked = colour_of(line[0].row.setting), [cell.row.prompt_tokens for cell in line]
         values = [getattr(cell.row, rate) or math.nan for cell in line]
@@ -142,11 +147,11 @@ def _draw_fastest(ax: Axes, batches: list[dict[int, list[Cell]]]) -> None:
         for length, group in one.items():
             winners, column = _fastest(group), lengths.index(length)
             ax.barh(place, 0.95, 0.9, left=column, color=colour_of(winners[0].row.setting), alpha=0.4)
-            names = textwrap.fill(" or ".join(winner.setting for winner in winners), 60 // len(lengths))
+            names = textwrap.fill(" or ".join(map(_name, winners)), 42 // len(lengths))
             ax.text(column + 0.05, place, names, va="center", size=SMALL - 1, parse_math=False)
     ax.set_yticks(range(len(batches)), [f"batch {next(iter(one.values()))[0].row.batch_size}" for one in batches])
     ax.set_xticks([column + 0.5 for column in range(len(lengths))], [f"{length:,}" for length in lengths])
-    ax.set_xlim(0, len(lengths))
+    ax.set(xlim=(0, len(lengths)), ylim=(len(batches) - 0.5, -0.5))
     ax.set_xlabel("Prompt tokens", size=SMALL, color=GREY)
     ax.set_title("First with the whole answer", loc="left", size=SMALL, color=GREY)
     ax.spines[:].set_visible(False)
