@@ -142,6 +142,20 @@ def test_a_process_that_stands_out_is_measured_again_and_both_are_kept(tiny_gpt2
     assert min(rows["cpu-int4"].latencies_s[:6]) > 5 * max(rows["cpu-int4"].latencies_s[6:])
 
 
+class Noisy(Desk):
+    """A desk whose machine disturbs every process in eager, and no captured one."""
+
+    def sample(self, name):
+        super().sample(name)
+        return 100.0 * (1 + 2 * (int(name.split("-")[-1]) % 2) * (self.cell.engine == "eager"))
+
+
+def test_where_most_processes_of_an_engine_spread_widely_it_is_the_machine(tiny_gpt2, monkeypatch):
+    monkeypatch.setattr(rounds, "Child", lambda stop, needs_cuda: Noisy())
+    rows = qb.sweep(tiny_gpt2, [*BOTH, "cpu-bf16"], 3, engine=["eager", "graph"], repeats=6, progress=False)
+    assert [(len(row.rounds), "stood out" in (row.reason or "")) for row in rows] == [(6, False)] * 6
+
+
 # ---- children ----
 
 def test_a_killed_child_costs_its_own_cell_only(tiny_gpt2):

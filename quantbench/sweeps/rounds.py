@@ -168,14 +168,17 @@ def _enough(rates: Rates, rounds: int, spent_s: float) -> bool:
 
 def _doubted(rates: Rates) -> list[Cell]:
     """The cells whose process may be an outlying one, which only a second process can tell: its samples spread widely,
-    or it is many times slower than the fastest of its device and engine. If most are such, it is the machine."""
-    speed, found = {cell: median(mine.values()) for cell, mine in rates.items()}, []
-    for cell, mine in rates.items():
-        kin = [speed[one] for one in rates if (one.setting.device, one.engine) == (cell.setting.device, cell.engine)]
-        if interval := median_interval(list(mine.values())):
-            wide = (interval[1] - interval[0]) / 2 > WIDE * speed[cell]
-            found += [cell] * (wide or speed[cell] * FAR < max(kin))
-    return found if 2 * len(found) <= len(rates) else []
+    unless most of its device and engine do, as on a noisy machine; or it is many times slower than their fastest."""
+    speed, kinds, found = {cell: median(mine.values()) for cell, mine in rates.items()}, {}, []
+    for cell in rates:
+        kinds.setdefault((cell.setting.device, cell.engine), []).append(cell)
+    for kin in kinds.values():
+        ends = {cell: median_interval(list(rates[cell].values())) for cell in kin}
+        wide = [cell for cell in kin if ends[cell] and (ends[cell][1] - ends[cell][0]) / 2 > WIDE * speed[cell]]
+        wide = wide if 2 * len(wide) <= max(len(kin), 2) else []
+        far = [cell for cell in kin if ends[cell] and speed[cell] * FAR < max(map(speed.get, kin))]
+        found += dict.fromkeys(wide + far)
+    return found
 
 
 def joined(before: Measurement | None, after: Measurement) -> Measurement:
