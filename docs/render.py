@@ -107,9 +107,10 @@ def results() -> str:
 
 
 def libraries() -> list[str]:
-    """Per engine, how fast ways of quantising decode beside the unquantised setting in the same engine, by rounds."""
-    said = []
-    for run in published("methods").values():
+    """Per engine, how fast ways of quantising decode beside the unquantised setting in the same engine, by rounds; and
+    from which length of the prompt on another one answers first."""
+    said, prompts = [], published("prompts")
+    for name, run in published("methods").items():
         named = [cell for cell in cells(run) if cell.measured]
         for engine in dict.fromkeys(cell.row.engine for cell in named):
             base, *others = sorted((cell for cell in named if cell.row.engine == engine),
@@ -120,6 +121,10 @@ def libraries() -> list[str]:
             said.append(f"{told} times {base.row.setting_label} in {engine}")
         said = [f"**Which library.** {markdown_text(f'{named[0].title}, decode on {first(run).machine_name}')}: "
                 f"{markdown_text('; '.join(said))}."]
+        if name in prompts:
+            where, found = qb.prompt_findings(prompts[name])[0].split(": ", 1)
+            on = f"{where.split(', ', 1)[1]}, {prompts[name][0].max_new_tokens} new tokens"
+            said[0] += " " + markdown_text(f"Prompt included ({on}): {found}")
     return said
 
 
