@@ -60,9 +60,9 @@ def show_quality(run: Iterable) -> Tables:
 
 
 def plot_quality(run: Iterable) -> Figure:
-    """Speed against closeness to the reference, per model and text: the upper right corner is the best. The legend, the
-    closest first, has their memory; a hollow mark's setting is beaten by another one of its device. Raises ValueError
-    where no setting has both, and for rows of two machines."""
+    """Speed against closeness to the reference, per model and text: the upper right corner is the best. A mark's area
+    is the memory, in GB in the legend, which has the closest first; a hollow one is beaten by another of its device.
+    Raises ValueError where no setting has both, and for rows of two machines."""
     run = Run.of(run)
     machine = machine_of([*run, *run.qualities])
     panels = [[one for one in group if one.cell and one.found.kl_mean is not None] for group in groups(run)]
@@ -80,11 +80,13 @@ def plot_quality(run: Iterable) -> Figure:
 
 
 def _draw(ax: Axes, panel: list[Scored]) -> None:
-    for shape, one in zip(cycle("oD^sv<>phPX*8"), panel):
+    held = [next(((gb, of) for name, of in MEMORY.items() if (gb := getattr(one.cell.row, name))), (0, ""))
+            for one in panel]
+    for shape, one, (gb, of) in zip(cycle("oD^sv<>phPX*8"), panel, held):
         colour, kl, row = colour_of(one.found.setting), max(one.found.kl_mean, 0.0), one.cell.row
-        size = next((f" · {size:.3f} GB {of}" for name, of in MEMORY.items() if (size := getattr(row, name))), "")
+        size, area = f" · {gb:.3f} GB {of}" * bool(gb), 30 + 150 * gb / (max(held)[0] or 1)
         hollow = any(beats(other, one) for other in panel)
-        ax.scatter(row.tokens_per_s, kl, s=90, marker=shape, zorder=3, edgecolor=colour,
+        ax.scatter(row.tokens_per_s, kl, s=area, marker=shape, zorder=3, edgecolor=colour,
                    facecolor="none" if hollow else colour, label=f"{one.setting} · {kl:.2g}{size}")
         ax.hlines(kl, *(row.tokens_per_s_ci or [row.tokens_per_s] * 2), color=INK, linewidth=0.8)
     ax.set_yscale("symlog", linthresh=min((one.found.kl_mean for one in panel if one.found.kl_mean > 0), default=1e-5))
