@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing.connection
+import multiprocessing.util
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -131,7 +133,8 @@ class Child:
         if _how == "forkserver":
             context.set_forkserver_preload(PRELOAD)
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, dict(os.environ)), daemon=True)
+        asked = theirs, dict(os.environ), multiprocessing.util.get_temp_dir()
+        self.process = context.Process(target=_serve, args=asked, daemon=True)
         main = sys.modules["__main__"]  # the caller's script, which is not to be run again: no job of ours lives there
         with mock.patch.multiple(main, create=True, __file__=None, __spec__=None):
             self.process.start()
@@ -145,20 +148,22 @@ def _death(exitcode: int) -> str:
     return f"the process was killed by {name}" + ", as the system does when memory runs out" * (name == "SIGKILL")
 
 
-def _serve(pipe: multiprocessing.connection.Connection, environment: dict[str, str]) -> None:
-    """The child's life, until its parent is gone."""
+def _serve(pipe: multiprocessing.connection.Connection, environment: dict[str, str], folder: str) -> None:
+    """The child's life, until its parent is gone. `folder` is the parent's, of its fork server's socket."""
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=[folder], daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, and a killed child would leave it
     desk = Desk()
     with contextlib.suppress(EOFError, OSError):
         while True:
             pipe.send(desk.ask(*pipe.recv()))
+    _die_with_parent(folder, 5)
 
 
-def _die_with_parent() -> None:
-    """Leave no orphan behind a killed parent, in the middle of a job too."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+def _die_with_parent(folder: str, within_s: float | None = None) -> None:
+    """Leave no orphan and no folder behind a killed parent, in the middle of a job too."""
+    if multiprocessing.connection.wait([multiprocessing.parent_process().sentinel], within_s):
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
