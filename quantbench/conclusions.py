@@ -7,8 +7,9 @@ import pandas as pd
 
 from quantbench.intervals import LEAST, Ratio, ratio_of_rounds
 from quantbench.labels import Cell, cells, machine_of
-from quantbench.records import Measurement
-from quantbench.settings import BASELINES, SETTINGS, find_setting
+from quantbench.records import PER_SAMPLE, Measurement
+from quantbench.settings import BASELINES, SETTINGS, find_setting, unknown
+from quantbench.tables import view
 from quantbench.wording import cut, listed, markdown_text, plain, span
 
 FEW = 3  # of a kind are named one by one: of more, the table tells
@@ -29,14 +30,17 @@ def ratios(run: Iterable[Measurement], baseline: str = BASELINES[0], figure: str
     """Every measured cell's tokens/sec, or another `figure` ("decode_tokens_per_s", "prefill_tokens_per_s"), over the
     baseline's: that setting, eager, of the same model, workload and machine (CPU FP32 where the usual one was not
     measured). Low and High are NaN where the two share too few rounds for a verdict, Ratio where they share none.
-    Raises ValueError for an unknown baseline, naming the nearest.
+    Raises ValueError for an unknown baseline or figure, naming the nearest.
     """
     find_setting(baseline)
+    if figure not in PER_SAMPLE:
+        raise ValueError(unknown("figure", figure, PER_SAMPLE))
     found = beside(cells(run), BASELINES if baseline == BASELINES[0] else (baseline,), figure)
     rows = [(cell.model, plain(cell.row.setting_label), plain(cell.row.engine), cell.workload, ratio.value,
              *(ratio.interval or (None, None)), ratio.rounds, ratio.verdict) for cell, _, ratio in found if ratio]
     columns = ["Model", "Setting", "Engine", "Workload", "Ratio", "Low", "High", "Rounds", "Verdict"]
-    return pd.DataFrame(rows, columns=columns).astype({"Ratio": float, "Low": float, "High": float})
+    numbers = dict.fromkeys(["Ratio", "Low", "High"], 2)
+    return view(pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(numbers, float)), [], numbers)
 
 
 def beside(named: Iterable[Cell], keys: Sequence[str] = BASELINES,

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantbench.records import Measurement, Subject
+from quantbench.records import Measurement, Subject, records_in
 from quantbench.settings import MODELS, SETTINGS
 from quantbench.wording import cut, plain
 
@@ -52,7 +52,7 @@ class Cell:
 def cells(run: Iterable[Measurement]) -> list[Cell]:
     """The rows of a run, named and in order: by model as they first came, by SETTINGS, by length, by batch. Rows of one
     setting and workload, such as of two versions, are numbered: `compare` says in what they differ."""
-    rows, named, seen = list(run), [], Counter()
+    rows, named, seen = [one for one in records_in(run) if isinstance(one, Measurement)], [], Counter()
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     real = {row.model for row in rows if row.weights not in (None, "random")}
     random = {row.model for row in rows if row.weights == "random"} - real

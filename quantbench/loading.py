@@ -49,6 +49,8 @@ class LoadedModel:
 
     def encode(self, prompt: str, batch_size: int = 1) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` on the device, each of shape [batch_size, prompt tokens]."""
+        if self.model is None:
+            raise RuntimeError(f"{self!r}: load it again")
         ids = tokens_of(self.tokenizer, prompt, self.model.config, self.name)
         ids = torch.tensor([ids], device=self.device).repeat(batch_size, 1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

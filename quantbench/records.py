@@ -1,6 +1,6 @@
 """One cell as it was measured, raw samples and facts, and every figure derived from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from datetime import datetime, timezone
 from functools import cached_property, partial
@@ -14,13 +14,14 @@ from pydantic.dataclasses import dataclass
 from quantbench.fields import (
     STRICT, Amount, Audit, Conditions, Count, Machine, Many, Name, Seconds, Size, Text, Trace, Versions, Weights, Whole)
 from quantbench.intervals import Interval, median_interval
-from quantbench.settings import PROMPT, SETTINGS
+from quantbench.settings import PROMPT, SETTINGS, expect
 from quantbench.wording import EMPTY, as_html, plain, span
 
 SCHEMA = 2
 BUSY = 0.2  # share of a device that others may use before a row says so
 NOISY = 0.1  # half-width of a median's interval, of the median
 ENERGY_S = 1.0  # a GPU's energy counter moves some 10 times a second: what a sample misses is in the next one
+PER_SAMPLE = ("tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s")  # rates that each sample has
 STATUSES = ("ok", "unavailable", "out_of_memory", "crashed", "timeout", "failed")
 
 FIGURES: dict[str, str] = {}  # derived figure -> its one label everywhere
@@ -74,6 +75,13 @@ class Subject:
 
     def _repr_html_(self) -> str:
         return as_html([self.summary()])
+
+
+def records_in(run: object) -> list[Subject]:
+    """The records of a run, or of a list of them. Raises ValueError for anything else."""
+    found = list(run) if isinstance(run, Iterable) else [None]
+    right = all(isinstance(one, Subject) for one in found)
+    return found if right else expect(run, (), "this takes a qb.Run (qb.Run.read reads a file) or a list of its rows")
 
 
 def now() -> str:
@@ -151,10 +159,9 @@ class Measurement(Subject):
         return self.model, self.setting, self.gpus, self.engine, self.machine_name
 
     def rates(self, figure: str = "tokens_per_s") -> list[float]:
-        """Each sample's "tokens_per_s", "decode_tokens_per_s" (after the first token) or "prefill_tokens_per_s" (of the
-        prompt, in the time to first token); a sample without it, such as of one token, is NaN."""
-        tokens = {"tokens_per_s": self.new_tokens, "decode_tokens_per_s": (self.new_tokens or 0) - 1,
-                  "prefill_tokens_per_s": self.prompt_tokens}[figure] or 0
+        """Each sample's rate, one of PER_SAMPLE: of all tokens, of those after the first, or of the prompt (in the time
+        to first token); a sample without it, such as of one token, is NaN."""
+        tokens = dict(zip(PER_SAMPLE, (self.new_tokens, (self.new_tokens or 0) - 1, self.prompt_tokens)))[figure] or 0
         seconds = {"tokens_per_s": self.latencies_s, "prefill_tokens_per_s": self.first_token_s}.get(figure) or \
             [whole - first for whole, first in zip(self.latencies_s, self.first_token_s)]
         return [self.batch_size * tokens / one if tokens > 0 and one > 0 else nan for one in seconds]

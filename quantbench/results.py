@@ -15,7 +15,8 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 import quantbench
-from quantbench.records import SCHEMA, Measurement
+from quantbench.records import SCHEMA, Measurement, Subject, records_in
+from quantbench.settings import expect
 from quantbench.wording import as_html, plain
 
 KINDS = ("measurement", "quality", "limits")  # a line's kind: the name of its public class in small letters
@@ -76,12 +77,17 @@ class Run:
 
     def __init__(self, records: Iterable = ()) -> None:
         self.path: Path | None = None
-        self._records = {_place(record): record for record in records}
+        self._records = {_place(record): record for record in records_in(records)}
 
     @classmethod
     def of(cls, run: Run | Iterable) -> Run:
         """`run` itself, or a run of these records."""
         return run if isinstance(run, Run) else cls(run)
+
+    @classmethod
+    def given(cls, run: Run | None) -> Run:
+        """`run`, to be added to, or a new one. Raises ValueError for anything else."""
+        return cls() if run is None else expect(run, Run, "run must be a qb.Run, such as qb.Run.open(path)")
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Run:
@@ -113,6 +119,7 @@ class Run:
 
     def add(self, record: object) -> object:
         """Put `record` in, in place of the one with its key; write it through; return it."""
+        expect(record, Subject, "a run takes what qb.generate, qb.quality or qb.limits returns")
         if self._records.get(_place(record)) == record:
             return record
         if self.path is not None:

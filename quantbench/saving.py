@@ -18,6 +18,7 @@ def save(run: Run, folder: str | os.PathLike) -> list[Path]:
 
     Raises ValueError if nothing was measured or rows come from two machines, OSError if the folder cannot be written.
     """
+    run, folder = Run.of(run), Path(folder)
     if not any(row.status == "ok" and row.tokens_per_s for row in run):
         raise ValueError("nothing to save: no setting was measured")
     csv = table(run).reset_index().map(lambda value: f"'{value}" if str(value).startswith(_FORMULA) else value)
@@ -27,7 +28,6 @@ def save(run: Run, folder: str | os.PathLike) -> list[Path]:
         picture = io.BytesIO()
         chart.plot(run).savefig(picture, format="png", dpi=160)
         files[f"{name}.png"] = picture.getvalue()
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     here = run.path is not None and run.path.resolve().parent == folder.resolve()
     rows = run.path if here else run.save(folder / "rows.jsonl")

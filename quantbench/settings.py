@@ -4,9 +4,14 @@ import contextlib
 import difflib
 import importlib
 import operator
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from math import inf
+from numbers import Real
 from typing import Any
+
+from quantbench.wording import cut
 
 MOST = 10**9  # of what is counted in a workload
 PROMPT = "Once upon a time, in a small village by the sea"  # 12 GPT-2 tokens, as the published experiment counted
@@ -133,6 +138,7 @@ def on_gpus(setting: Setting, gpus: int | str, facts: dict) -> Setting:
 
 def more_settings(facts: dict) -> tuple[str, ...]:
     """What to measure besides the published four: without a GPU, the CPU's own; with one, nothing that is not asked."""
+    expect(facts, dict, "more_settings takes what qb.facts() returns")
     cpu = (key for key, row in SETTINGS.items() if row.device == "cpu" and key not in EXPERIMENT
            and row.quantisation not in FILES_OWN)
     return () if facts.get("gpu") else tuple(cpu)
@@ -157,13 +163,12 @@ class Workload:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.encode().decode().strip():  # lone surrogates raise too
-            raise ValueError("the prompt is empty: give at least one word")
+            raise ValueError("the prompt is empty, or no text: give at least one word")
         for name in ("max_new_tokens", "batch_size", "prompt_tokens", "depth", "repeats"):
             if getattr(self, name) is not None or name not in ("prompt_tokens", "repeats"):
                 object.__setattr__(self, name, whole(name, getattr(self, name), int(name != "depth")))
         CACHES.find(self.cache)
-        if isinstance(self.budget_s, bool) or not isinstance(self.budget_s, (int, float)) or not self.budget_s > 0:
-            raise ValueError(f"budget_s must be above 0 seconds, not {self.budget_s!r}")
+        object.__setattr__(self, "budget_s", amount("budget_s", self.budget_s))
 
 
 def whole(name: str, value: object, least: int = 1) -> int:
@@ -172,10 +177,30 @@ def whole(name: str, value: object, least: int = 1) -> int:
         if not isinstance(value, bool) and least <= operator.index(value) <= MOST:
             return operator.index(value)
         least = least if isinstance(value, bool) or operator.index(value) < least else f"{least} and at most {MOST:,}"
-    raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    raise ValueError(f"{name} must be a whole number of at least {least}, not {cut(repr(value), 60)}")
+
+
+def amount(name: str, value: object, most: float = inf) -> float:
+    """`value` as a float. Raises ValueError for what is no number above 0, or above `most`."""
+    right = isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= most
+    also = f" and at most {most:g}" * (most < inf)
+    return float(value) if right else expect(value, (), f"{name} must be above 0{also}")
+
+
+def expect(value: Any, kind: type | tuple, said: str) -> Any:
+    """`value`, if it is of this kind; (): nothing is. Raises ValueError with what is `said` of one that is."""
+    if isinstance(value, kind):
+        return value
+    raise ValueError(f"{said}, not {cut(repr(value), 60)} ({type(value).__name__})")
+
+
+def many(name: str, value: object) -> list:
+    """One or several: a text, a path and a number are one. Raises ValueError for none."""
+    one = isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Iterable)
+    return ([value] if one else list(value)) or expect(value, (), f"{name} must be at least one")
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is not there, with the nearest ones that are."""
     near = difflib.get_close_matches(str(name).lower(), known := list(known), n=3, cutoff=0.4) or known
-    return f"unknown {kind} {name!r}; did you mean {' or '.join(map(repr, near))}?"
+    return f"unknown {kind} {cut(repr(name), 80)}; did you mean {' or '.join(map(repr, near))}?"

@@ -8,6 +8,7 @@ import pandas as pd
 from quantbench.intervals import LEAST
 from quantbench.labels import Cell, cells
 from quantbench.records import DECIMALS, FIGURES, Measurement
+from quantbench.settings import expect
 from quantbench.wording import EMPTY, cut, html_text, listed, markdown_text, plain, span
 
 _DECIMALS = {FIGURES[name]: decimals for name, decimals in DECIMALS.items()}
@@ -91,15 +92,15 @@ def table(run: Iterable[Measurement]) -> pd.DataFrame:
 
     Sorted by model as they first came, then by setting, then by length. A cell that could not run keeps its row.
     """
-    return _frame(cells(run))
+    return view(_frame(cells(run)), [], _DECIMALS)
 
 
 def show(run: Iterable[Measurement] | pd.DataFrame) -> Tables:
     """The table as a notebook or a terminal shows it: one per model and machine, without empty columns. The frame of
     another view, such as `memory_table`, is shown likewise, under the caption that it has (see `view`)."""
-    if isinstance(run, pd.DataFrame):
-        caption, *how = run.attrs["shown"]
-        return Tables(Table(part.loc[:, ~(part.isna() | part.isin([0, ""])).all()], [model, *caption], *how)
+    if isinstance(run, pd.DataFrame) and "shown" in run.attrs:
+        (caption, *how), run = run.attrs["shown"], run.set_index("Model") if "Model" in run else run
+        return Tables(Table(part.loc[:, ~(part.isna() | part.isin([0, ""])).all()], [str(model), *caption], *how)
                       for model, part in run.groupby(level=0, sort=False))
     groups: dict[tuple, list[Cell]] = {}
     for cell in cells(run):
@@ -115,10 +116,11 @@ def view(frame: pd.DataFrame, caption: list[str], decimals: Mapping[str, int], n
 
 def machine_table(facts: dict, versions: dict | None = None) -> Tables:
     """What `machine.facts()` and `machine.versions()` say, in words."""
+    facts, versions = (expect(one or {}, dict, "this takes qb.facts() and qb.versions()") for one in (facts, versions))
     known = {"gpu": "none that this PyTorch can use"} | {name: fact for name, fact in facts.items() if fact is not None}
     words = {label: f"{known[name] / 1e9:.1f} GB" if name.endswith("_bytes") else str(known[name])
              for name, label in _MACHINE.items() if name in known}
-    rows = [*words.items(), *((name, version) for name, version in (versions or {}).items() if version)]
+    rows = [*words.items(), *((name, version) for name, version in versions.items() if version)]
     return Tables([Table(pd.DataFrame(rows, columns=["", "is"]), ["This machine"])])
 
 

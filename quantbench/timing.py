@@ -14,7 +14,7 @@ from quantbench.decode import Unavailable, find_engine, inputs_of, why_no_cache
 from quantbench.inspection import held_in, need_memory
 from quantbench.loading import LoadedModel
 from quantbench.records import Measurement
-from quantbench.settings import CACHES, PROMPT, Workload
+from quantbench.settings import CACHES, PROMPT, Workload, expect
 from quantbench.tokens import check_length, context_length
 
 REPEATS = (3, 10)  # at least, at most
@@ -42,8 +42,7 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     a workload that cannot run (see `Workload`) or is over the model's context length, RuntimeError for a closed
     model or a wrong token count.
     """
-    if not isinstance(lm, LoadedModel):
-        raise ValueError(f"generate takes what qb.load returns, not {lm!r}")
+    expect(lm, LoadedModel, "generate takes what qb.load returns")
     workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s, prompt_tokens, depth, cache)
     cell = Timed(lm, workload, engine, clock)
     title = f"{lm.name} · {lm.setting.label} · {workload.max_new_tokens} tokens"

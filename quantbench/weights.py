@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from quantbench.settings import MODELS, unknown
+from quantbench.settings import MODELS, expect, unknown
 from quantbench.wording import cut, listed
 
 SEED = 0
@@ -52,7 +52,7 @@ def check_name(model: str | os.PathLike, weights: str | None = None) -> str:
     Raises ValueError, before any long work, for what is none of them, and for unknown weights."""
     if weights not in (None, *WEIGHTS):
         raise ValueError(unknown("weights", weights, WEIGHTS))
-    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else repr(model)
+    name = os.fspath(expect(model, str | os.PathLike, "unknown model: one is a name, a folder or a file"))
     if isinstance(model, os.PathLike) and not _is_folder(name):
         name = os.path.join(".", name)
     if _is_folder(name) and not os.path.isdir(os.path.expanduser(name)) and not _gguf(name):

@@ -77,8 +77,15 @@ def test_fit_says_what_fits_where_and_why_not(tiny_gpt2):
     assert here.loc["CPU FP32", "Longest context"] == 64 and here.loc["CPU FP32", "Decode floor (ms)"] > 0
     with pytest.raises(ValueError, match="unknown device 'T5'; did you mean 'T4'"):
         qb.fit("gpt2", on="T5")
-    with pytest.raises(ValueError, match="a device is a dict of"):
-        qb.fit("gpt2", on={"bytes": 1e9})
+    for wrong, said in (({"bytes": 1e9}, "a device is a dict of"), (3, "unknown device 3"), (qb.Run(), "unknown device"),
+                        (DEVICES["T4"] | {"bandwidth": 0}, "bandwidth must be above 0"),
+                        (DEVICES["T4"] | {"bytes": "16e9"}, "bytes must be above 0"),
+                        (DEVICES["T4"] | {"capability": 8}, "a device is a dict of"),
+                        (DEVICES["T4"] | {"capability": "8.0"}, "a device is a dict of")):
+        with pytest.raises(ValueError, match=said):
+            qb.fit("gpt2", on=wrong)
+    with pytest.raises(ValueError, match="run must be a qb.Run"):
+        qb.fit(tiny_gpt2, run=[limits])
 
 
 # ---- which to take ----
@@ -150,12 +157,25 @@ def test_one_model_and_workload_at_a_time_and_mistakes_are_said():
     run = qb.Run(rows(SPEEDS, MEMORY))
     with pytest.raises(ValueError, match="a choice is of one model, not of 2"):
         qb.choose(qb.Run([*run, replace(run[0], model="other")]))
-    with pytest.raises(ValueError, match="above 0: vram_gb"):
-        qb.choose(run, vram_gb=0)
+    assert qb.choose([*run], keep=None).answer == qb.choose(run, keep=None).answer
     with pytest.raises(ValueError, match="did you mean 'gpu-int4'"):
         qb.choose(run, settings=["gpu-int44"])
     assert qb.choose(qb.Run()).answer is None and qb.choose(run, batch_size=2).answer is None
     assert qb.choose(run, keep=None, settings=["gpu-fp16", "gpu-int8"]).answer == "gpu-int8"
+    assert qb.choose(run, keep=None, settings="gpu-int8").answer == "gpu-int8"
+
+
+@pytest.mark.parametrize("mistake, message", [
+    ({"vram_gb": 0}, "vram_gb must be above 0"), ({"vram_gb": "8"}, "vram_gb must be above 0, not '8'"),
+    ({"ram_gb": [8]}, "ram_gb"), ({"keep": "x"}, "keep must be above 0 and at most 1"), ({"keep": 99}, "at most 1, not 99"),
+    ({"keep": True}, "not True"), ({"ttft_s": float("nan")}, "not nan"), ({"min_tokens_per_s": (1, 2)}, "min_tokens_per_s"),
+    ({"price_per_hour": -1}, "price_per_hour"), ({"batch_size": [1, 2]}, "batch_size"), ({"max_new_tokens": [4]}, "max_new"),
+    ({"prompt_tokens": "8"}, "prompt_tokens"), ({"settings": []}, "settings must be at least one"),
+    ({"settings": "x"}, "unknown setting 'x'"), ({"settings": 3}, "unknown setting 3")])
+def test_a_mistake_is_said_before_anything_is_read_or_measured(tiny_gpt2, mistake, message):
+    for model_or_run in (qb.Run(), tiny_gpt2):
+        with pytest.raises(ValueError, match=message):
+            qb.choose(model_or_run, **mistake)
 
 
 def test_quality_is_read_from_the_fastest_on_until_it_cannot_matter(monkeypatch):

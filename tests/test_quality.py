@@ -160,7 +160,9 @@ def test_random_weights_and_a_strange_tokenizer_have_no_quality(tiny, tiny_gpt2,
 
 @pytest.mark.parametrize("wrong, message", [
     ({"context": 128}, "over the 64 tokens"), ({"stride": 32}, "below the context"), ({"stride": 0}, "stride must be"),
-    ({"tokens": 3}, "tokens must be"), ({"text": "wikitext2"}, "'wikitext-2'"), ({"context": True}, "context")])
+    ({"tokens": 3}, "tokens must be"), ({"text": "wikitext2"}, "'wikitext-2'"), ({"context": True}, "context"),
+    ({"text": 3}, "text must be the text itself"), ({"reference": "x"}, "reference must be what qb.reference"),
+    ({"reference": ""}, "reference must be")])
 def test_a_mistake_is_said_before_anything_runs(lm, wrong, message):
     with pytest.raises(ValueError, match=message):
         qb.quality(lm, **({"context": 32, "progress": False} | wrong))
@@ -381,6 +383,6 @@ def test_a_batch_effect_that_cannot_be_measured_says_why_or_raises(lm):
     if not torch.cuda.is_available():
         with qb.load("gpt2", "gpu-fp16") as away:
             assert qb.batch_effect(away)[0]["Status"] == "unavailable"
-    for bad in ({"batch_size": 1}, {"max_new_tokens": 0}, {"max_new_tokens": 1000}):
+    for bad in ({"batch_size": 1}, {"batch_size": []}, {"max_new_tokens": 0}, {"max_new_tokens": 1000}):
         with pytest.raises(ValueError):
             qb.batch_effect(lm, **bad)

@@ -280,11 +280,14 @@ def test_what_another_machine_of_a_cluster_measured_is_not_measured_again(tiny_g
     ({"max_new_tokens": [3, 0]}, "at least 1"), ({"max_new_tokens": 60}, "over the 64 tokens"),
     ({"executor": "outline"}, "unknown executor"), ({"executor": 3}, "unknown executor"), ({"timeout_s": 0}, "timeout_s"), ({"engine": "x"}, "unknown engine"),
     ({"repeats": 0}, "repeats"), ({"budget_s": -1}, "budget_s"), ({"prompt": ""}, "prompt is empty"),
-    ({"models": None}, "unknown model 'None'"), ({"models": [b"gpt2"]}, "unknown model"), ({"models": "x" * 5000}, "unknown"),
+    ({"models": None}, "unknown model: one is a name"), ({"models": [b"gpt2"]}, "unknown model"), ({"models": "x" * 5000}, "unknown"),
     ({"models": "~nobody-here/x"}, "no folder"), ({"settings": [["cpu-fp32"]]}, "unknown setting"),
     ({"cache": [None]}, "unknown cache"), ({"gpus": 0}, "gpus must be"), ({"gpus": "2"}, "gpus must be"),
     ({"timeout_s": "3"}, "timeout_s"), ({"timeout_s": None}, "timeout_s"), ({"run": "rows.jsonl"}, "run must be a qb.Run"),
-    ({"prompt": "a\ud800b"}, "surrogates")])
+    ({"run": [3]}, "run must be a qb.Run"), ({"stop": 3}, "stop must be a threading.Event"),
+    ({"prompt": ["a", "b"]}, "no text"), *(({name: []}, f"{name} must be at least one") for name in (
+        "models", "settings", "max_new_tokens", "batch_size", "prompt_tokens", "depth", "cache", "gpus")),
+    ({"engine": []}, "engines must be"), ({"prompt": "a\ud800b"}, "surrogates")])
 def test_a_mistake_raises_at_once(tiny, mistake, message):
     with pytest.raises(ValueError, match=message):
         qb.sweep(**{"models": tiny, "settings": "cpu-fp32", "max_new_tokens": 3} | mistake)

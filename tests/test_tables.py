@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pandas as pd
+import pytest
 
+import quantbench as qb
 from quantbench.records import Measurement
 from quantbench.tables import Table, Tables, machine_table, show, table
 
@@ -70,6 +73,39 @@ def test_a_table_of_any_frame():
     assert shown.markdown().splitlines()[3] == "| --- | ---: | ---: |"
 
 
+VIEWS = ("table", "show", "findings", "ratios", "plot_throughput", "plot_lengths", "plot_latency", "plot_vram",
+         "quality_table", "quality_findings", "show_quality", "plot_quality", "continuations", "why_table", "explain",
+         "plot_floor", "plot_scaling", "prompt_table", "prompt_findings", "plot_prompts", "memory_table", "panel",
+         "reference_table", "compare", "compare_table", "plot_machines", "changes")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_is_no_run_is_said_in_one_sentence_by_every_view(view):
+    paths = [] if view in ("compare", "compare_table", "plot_machines", "changes") else ["rows.jsonl", Path("x.jsonl")]
+    others = [3, ROW, [1, 2], [ROW, 2], [[ROW]], [{"model": "gpt2"}], pd.DataFrame({"a": [1]}), qb.Run, *paths]
+    for wrong in others + [None] * (view != "panel"):  # a panel of None makes a run of its own
+        with pytest.raises(ValueError, match=r"qb\.Run.*, not ") as told:
+            getattr(qb, view)(wrong)
+        assert len(str(told.value)) < 200 and "\n" not in str(told.value)
+    with pytest.raises(ValueError, match="takes a qb.Run"):
+        qb.save([ROW, 2], "never made")
+    with pytest.raises(ValueError, match="a run takes what"):
+        qb.Run().add([ROW])
+
+
+def test_every_frame_of_a_view_is_shown():
+    run = qb.Run([dataclasses.replace(ROW, setting=key, rounds=list("abcdef")) for key in ("gpu-fp16", "gpu-int4")])
+    assert "GPU INT4" in repr(show(table(run))) and "64.0" in show(table(run)[["Setting", "Tokens/sec"]]).markdown()
+    ratios = qb.ratios(run)
+    assert "1.00" in repr(show(ratios)) and list(ratios) == list(ratios.reset_index(drop=True)) and "Model" in ratios
+    assert repr(show(qb.memory_table(run).reset_index())) == repr(show(qb.memory_table(run)))
+    assert repr(show(table([]))) == repr(show(qb.quality_table(run))) == "nothing measured yet"
+    with pytest.raises(ValueError, match="unknown figure 'vram_gb'; did you mean"):
+        qb.ratios(run, figure="vram_gb")
+
+
 def test_the_machine_in_words():
     text = repr(machine_table({"cpu": "Some CPU", "cores": 2, "ram_bytes": 24 * 10**9}, {"torch": "2.13.0"}))
     assert "Some CPU" in text and "24.0 GB" in text and "2.13.0" in text
+    with pytest.raises(ValueError, match="takes qb.facts"):
+        machine_table(qb.Run([ROW]))

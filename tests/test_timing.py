@@ -3,6 +3,8 @@
 import json
 import statistics
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,21 @@ def test_a_closed_model_is_refused(tiny):
         pass
     with pytest.raises(RuntimeError, match="load it again"):
         qb.generate(lm)
+    with pytest.raises(RuntimeError, match="load it again"):
+        qb.batch_effect(lm)
+
+
+@pytest.mark.parametrize("wrong", [None, "gpt2", qb.Run(), ["gpt2"]])
+def test_what_takes_a_loaded_model_says_so(lm, wrong):
+    row = qb.generate(lm, max_new_tokens=1, repeats=1, progress=False)
+    for work in (qb.generate, qb.quality, qb.reference, qb.batch_effect, partial(qb.trace, row=row)):
+        with pytest.raises(ValueError, match="takes what qb.load returns, not"):
+            work(wrong)
+    for work in (partial(qb.trace, lm), partial(qb.verdict, limits=None), partial(qb.verdict, row)):
+        with pytest.raises(ValueError, match="a row, not|a row of|on a row, not|limits must be"):
+            work(wrong or 3)
+    with pytest.raises(ValueError, match="takes a row of"):
+        qb.trace(lm, replace(row, model="another"))
 
 
 def test_running_out_of_memory_is_a_row_and_the_model_lives_on(lm):

@@ -10,8 +10,7 @@ from math import inf
 import quantbench as qb
 from quantbench.choice.weighing import Choice, judged
 from quantbench.results import Run
-from quantbench.settings import BASELINES, SETTINGS
-from quantbench.wording import listed
+from quantbench.settings import BASELINES, SETTINGS, Workload, amount, many
 
 BELIEVED = 1.03  # times a limit: an estimate beyond that is not measured
 
@@ -19,7 +18,7 @@ BELIEVED = 1.03  # times a limit: an estimate beyond that is not measured
 def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, ram_gb: float | None = None,
            min_tokens_per_s: float | None = None, ttft_s: float | None = None, keep: float | None = 0.99,
            prompt_tokens: int | None = None, batch_size: int = 1, max_new_tokens: int = 64,
-           settings: Iterable[str] | None = None, run: Run | None = None, price_per_hour: float | None = None,
+           settings: str | Iterable[str] | None = None, run: Run | None = None, price_per_hour: float | None = None,
            stop: threading.Event | None = None, progress: object = True) -> Choice:
     """The fastest setting that surely meets the limits: at most `vram_gb` or `ram_gb` (peak, 1e9 bytes) and `ttft_s`
     seconds to the first token, at least `min_tokens_per_s`, and `keep` of the reference's accuracy. None: any will do.
@@ -32,17 +31,17 @@ def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, 
     `stop` and `progress` are `sweep`'s: once stopped, it judges what is there. Raises ValueError for several models or
     machines, and for a mistake in an argument.
     """
-    given = {"vram_gb": vram_gb, "ram_gb": ram_gb, "ttft_s": ttft_s, "rate": min_tokens_per_s, "keep": keep,
+    given = {"vram_gb": vram_gb, "ram_gb": ram_gb, "ttft_s": ttft_s, "min_tokens_per_s": min_tokens_per_s, "keep": keep,
              "price_per_hour": price_per_hour}
-    if wrong := [name for name, limit in given.items() if limit is not None and not limit > 0]:
-        raise ValueError(f"a limit must be above 0: {listed(wrong)}")
-    asked = {name: limit or (0 if name in ("rate", "keep") else inf) for name, limit in given.items()}
+    asked = {name: (0 if name in ("min_tokens_per_s", "keep") else inf) if limit is None else
+             amount(name, limit, 1 if name == "keep" else inf) for name, limit in given.items()}
     work = {"prompt_tokens": prompt_tokens, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    settings = settings and [SETTINGS.find(key).key for key in settings]
-    if isinstance(model_or_run, Run):
-        return judged(model_or_run, asked, work, settings, {})
+    Workload(**work)  # a mistake in it is said now
+    settings = None if settings is None else [SETTINGS.find(key).key for key in many("settings", settings)]
+    if not isinstance(model_or_run, (str, os.PathLike)):
+        return judged(Run.of(model_or_run), asked, work, settings, {})
     from quantbench.weights import check_name
-    name, run = check_name(model_or_run), Run() if run is None else run
+    name, run = check_name(model_or_run), Run.given(run)
     base, wanted, ruled_out = _plan(name, asked, batch_size, settings, run)
     stop = stop or threading.Event()
     list(qb.sweep(name, wanted, run=run, stop=stop, progress=progress, **work))
@@ -59,7 +58,7 @@ def _plan(name: str, asked: dict, batch_size: int, settings: list[str] | None,
     wanted = settings or [key for key, one in found.items() if one.setting.device == device]
     for one in (found[key] for key in wanted if key in found):
         limit, rate = asked["vram_gb" if one.setting.device == "cuda" else "ram_gb"], batch_size / one.floor_s
-        if one.why or one.weights / 1e9 > BELIEVED * limit or BELIEVED * rate < asked["rate"]:
+        if one.why or one.weights / 1e9 > BELIEVED * limit or BELIEVED * rate < asked["min_tokens_per_s"]:
             ruled_out[one.setting.key] = one.why or (f"by estimate, {one.weights / 1e9:.3g} GB of weights" +
                                                      f" and at most {rate:.3g} tokens/s" * (rate == rate))
     ruled_out.pop(base, None)  # measured all the same: ratios are to it

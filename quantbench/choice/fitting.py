@@ -14,7 +14,7 @@ from quantbench import machine
 from quantbench.inspection import audit, cache_bytes_per_token, load_estimate, on_meta, weights_estimate
 from quantbench.quantisers import ITEMSIZE, find_quantiser, why_not
 from quantbench.results import Run
-from quantbench.settings import SETTINGS, Setting, unknown
+from quantbench.settings import SETTINGS, Setting, amount, many, unknown, whole
 from quantbench.tokens import context_length
 from quantbench.weights import check_name, config_for
 
@@ -58,7 +58,7 @@ def fit(model: str | os.PathLike, on: str | dict | None = None, run: Run | None 
 
     from quantbench.tables import Table, Tables
     name, found = check_name(model), estimates(model, on, run)
-    measured = {row.setting: row.weights_gb for row in run or () if row.model == name and row.weights_gb}
+    measured = {row.setting: row.weights_gb for row in Run.given(run) if row.model == name and row.weights_gb}
     frame = pd.DataFrame([(
         one.setting.label, one.weights / 1e9, measured.get(one.setting.key), one.left / 1e9, one.cache / 1e3,
         "no" if one.why else "yes", min(one.room, one.positions), one.room // 1024, 1000 * one.floor_s, one.why or "")
@@ -70,7 +70,7 @@ def fit(model: str | os.PathLike, on: str | dict | None = None, run: Run | None 
 
 def estimates(model: str | os.PathLike, on: str | dict | None = None, run: Run | None = None) -> list[Estimate]:
     """An estimate for each setting; of a checkpoint that is quantised itself, for those that take it as it is."""
-    facts, free, rates = _here(run) if on is None else _there(on)
+    facts, free, rates = _here(Run.given(run)) if on is None else _there(on)
     shapes, made = on_meta(config := config_for(model)), []
     own = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     found = audit(shapes, 0)
@@ -100,23 +100,22 @@ def estimates(model: str | os.PathLike, on: str | dict | None = None, run: Run |
     return made
 
 
-def _here(run: Run | None) -> tuple[dict, dict, dict]:
+def _here(run: Run) -> tuple[dict, dict, dict]:
     """This machine's facts; by device the bytes that are free, and those read per second: listed, or measured."""
     facts = machine.facts()
-    gpu, limits = facts.get("gpu"), [] if run is None else run.limits  # a run without measurements is false
+    gpu = facts.get("gpu")
     rates = {"cuda": one["bandwidth"] for name, one in DEVICES.items() if gpu
              and re.search(rf"\b{name.partition('-')[0]}\b", gpu) and abs(facts["gpu_bytes"] / one["bytes"] - 1) < 0.1}
-    rates |= {one.device: one.read_bytes_per_s for one in limits
+    rates |= {one.device: one.read_bytes_per_s for one in run.limits
               if (one.machine.get("cpu"), one.machine.get("gpu")) == (facts["cpu"], gpu)}
     return facts, {device: machine.free_bytes(device) for device in ("cpu", "cuda")[:1 + bool(gpu)]}, rates
 
 
 def _there(on: str | dict) -> tuple[dict, dict, dict]:
     """The same of another GPU."""
-    if isinstance(on, str) and on not in DEVICES:
+    if not isinstance(one := DEVICES.get(on) if isinstance(on, str) else on, dict):
         raise ValueError(unknown("device", on, DEVICES))
-    one = DEVICES[on] if isinstance(on, str) else on
-    if {*one} != {"bytes", "bandwidth", "capability"}:
-        raise ValueError(f"a device is a dict of 'bytes', 'bandwidth' and 'capability', not of {sorted(one)}")
-    facts = {"gpu": "another", "gpu_capability": list(one["capability"])}
-    return facts, {"cuda": one["bytes"] - CONTEXT}, {"cuda": one["bandwidth"]}
+    if {*one} != {"bytes", "bandwidth", "capability"} or len(capability := many("capability", one["capability"])) != 2:
+        raise ValueError(f"a device is a dict of 'bytes', 'bandwidth' and 'capability' ([8, 0]), not {one}")
+    facts = {"gpu": "another", "gpu_capability": [whole("capability", part, 0) for part in capability]}
+    return facts, {"cuda": amount("bytes", one["bytes"]) - CONTEXT}, {"cuda": amount("bandwidth", one["bandwidth"])}

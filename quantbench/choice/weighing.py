@@ -117,7 +117,7 @@ def _held(cell: Cell, read: Quality | None, asked: dict) -> tuple[list[str], lis
     looks = len(row.latencies_s), "rounds"
     checks = [(f"GB of {place}", ".3f", (memory, memory), 0, asked[f"{place.lower()}_gb"], looks),
               ("s to the first token", ".3f", first, 0, asked["ttft_s"], looks),
-              ("tokens/s", ".1f", rate, asked["rate"], inf, looks)]
+              ("tokens/s", ".1f", rate, asked["min_tokens_per_s"], inf, looks)]
     if read and row.weights != "random":
         kept = read.accuracy_kept_ci or (None, None)
         checks.append(("of the accuracy", ".3f", kept, asked["keep"], inf, (read.tokens, "tokens of text")))

@@ -30,7 +30,7 @@ def gathered(sources: Iterable[Source], per_source: bool = False) -> pd.DataFram
     `versions` are those in which the machine's sides differ. Raises ValueError where there is no row."""
     sides, shared = {}, {}  # (machine, versions, source) -> key -> row; machine -> what all its sides' versions share
     for number, source in enumerate(sources):
-        for row in Run.read(source) if isinstance(source, (str, os.PathLike)) else source:
+        for row in Run.read(source) if isinstance(source, (str, os.PathLike)) else Run.of(source):
             machine, versions = row.machine_name, (("driver", row.machine.get("driver")), *row.subject[-1])
             sides.setdefault((machine, versions, number * per_source), {})[_key(row)] = row
             shared[machine] = shared.get(machine, set(versions)).intersection(versions)

@@ -7,6 +7,7 @@ import pandas as pd
 
 from quantbench.labels import cells, machine_of
 from quantbench.records import FIGURES, Measurement
+from quantbench.results import Run
 from quantbench.settings import MODELS, SETTINGS
 from quantbench.tables import LENGTH, view
 
@@ -23,7 +24,7 @@ _HOME = _PACKAGE / "data" if (_PACKAGE / "data" / "published").is_dir() else _PA
 def reference_table(run: Iterable[Measurement] = ()) -> pd.DataFrame:
     """The table's rows, corrected by inference (its note says what), and `run`'s own eager ones beside them. Raises
     ValueError for a run of several machines."""
-    rows, data = list(run), pd.read_csv(_HOME / "reference" / "colab-t4.csv")
+    rows, data = [*Run.of(run)], pd.read_csv(_HOME / "reference" / "colab-t4.csv")
     here = f"here: {machine_of(rows)}" + " (random weights)" * any(cell.random for cell in cells(rows))
     rates = {(row.model, row.setting, row.max_new_tokens): row.tokens_per_s for row in rows
              if row.status == "ok" and row.engine == "eager" and row.batch_size == 1}

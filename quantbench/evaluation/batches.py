@@ -6,7 +6,7 @@ import torch
 
 from quantbench.decode import Unavailable, inputs_of
 from quantbench.loading import LoadedModel
-from quantbench.settings import PROMPT, Workload, whole
+from quantbench.settings import PROMPT, Workload, expect, many, whole
 from quantbench.tokens import check_length, context_length
 from quantbench.wording import as_html
 
@@ -23,7 +23,8 @@ def batch_effect(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 64
     """How many texts of a batch are not what the model writes for each of its sequences alone, the first token that
     differs (from 1), and by how much the best logit led there, alone: kernels go by shapes, and round differently.
     The batch is `prompt` among pieces of a bundled text of as many tokens: none is padded. ValueError as `generate`."""
-    sizes = [whole("batch_size", one, 2) for one in (batch_size if isinstance(batch_size, Iterable) else [batch_size])]
+    expect(lm, LoadedModel, "batch_effect takes what qb.load returns")
+    sizes = [whole("batch_size", one, 2) for one in many("batch_size", batch_size)]
     work, whose = Workload(prompt, max_new_tokens), {"Model": lm.name, "Setting": lm.setting.label}
     if lm.status != "ok":
         return BatchEffects([whose | {"Status": lm.status, "Reason": lm.reason}])

@@ -17,7 +17,7 @@ from quantbench.evaluation.scores import Quality
 from quantbench.intervals import LEAST, Interval
 from quantbench.loading import LoadedModel, StandInTokenizer, context_length
 from quantbench.quantisers import QUANTISERS
-from quantbench.settings import CACHES, whole
+from quantbench.settings import CACHES, expect, whole
 from quantbench.weights import HUB
 
 LEAST_TOKENS = 32  # of a text that is worth a number
@@ -68,9 +68,10 @@ def quality(lm: LoadedModel, reference: LoadedModel | Reference | None = None, t
     so. Raises ValueError for random weights, which have no quality, and for what cannot be evaluated or compared.
     """
     CACHES.find(cache)
-    if lm.status != "ok":
+    if expect(lm, LoadedModel, "quality takes what qb.load returns").status != "ok":
         return Quality(**_whose(lm), cache=cache, status=lm.status, reason=lm.reason)
     _check(lm)
+    expect(reference, LoadedModel | Reference | None, "reference must be what qb.reference or qb.load returns")
     if reference and (reference.name, reference.revision, reference.weights) != (lm.name, lm.revision, lm.weights):
         raise ValueError(f"quality is paired with the same model under another setting, not {reference!r}")
     if isinstance(reference, LoadedModel):
@@ -83,7 +84,7 @@ def quality(lm: LoadedModel, reference: LoadedModel | Reference | None = None, t
 
 
 def _check(lm: LoadedModel) -> None:
-    if lm.model is None:
+    if expect(lm, LoadedModel, "quality takes what qb.load returns").model is None:
         raise ValueError(f"quality needs a loaded model, not {lm!r}")
     if lm.weights == "random":
         raise ValueError(f"{lm.name} has random weights here: its quality is that of noise. Take smollm2-135m, say")
@@ -103,7 +104,7 @@ def find_text(text: str | None = None) -> tuple[str, str]:
     that no model has seen them. "wikitext-2": the raw test set of WikiText-2 (Merity et al. 2016), from the Hub."""
     if text in (None, "quantbench-eval"):
         return "quantbench-eval", TEXT.read_text(encoding="utf-8").strip()
-    if text != "wikitext-2":
+    if expect(text, str, "text must be the text itself, or 'wikitext-2'") != "wikitext-2":
         return "own text", text
     from huggingface_hub import hf_hub_download
     from pyarrow import parquet

@@ -15,7 +15,7 @@ from quantbench.evaluation.judging import MEMORY, Scored, beats, groups, on_what
 from quantbench.labels import cells, machine_of
 from quantbench.records import FIGURES
 from quantbench.results import Run
-from quantbench.tables import Table, Tables
+from quantbench.tables import Table, Tables, view
 from quantbench.wording import span
 
 _COLUMNS = {  # label -> an attribute of the quality, its cell or its row, and its decimals or the format of its ends
@@ -32,7 +32,7 @@ _NOTE = ("KL: KL(reference || setting), nats per token. Top-1 agreement: share o
 
 def quality_table(run: Iterable) -> pd.DataFrame:
     """One row per quality, beside what its setting takes at the workload that most have; NaN where nothing."""
-    return _frame([one for group in groups(run) for one in group])
+    return view(_frame([one for group in groups(run) for one in group]), [], _DECIMALS, _NOTE)
 
 
 def _frame(some: list[Scored]) -> pd.DataFrame:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,7 +14,7 @@ from quantbench.labels import cells
 from quantbench.loading import why_not
 from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
-from quantbench.settings import BASELINES, FILES_OWN, SETTINGS, Setting, Workload, find_setting, on_gpus, whole
+from quantbench.settings import BASELINES, FILES_OWN, SETTINGS, Setting, Workload, find_setting, many, on_gpus, whole
 from quantbench.tokens import OverLength, check_context
 from quantbench.weights import Source, check_name, find
 
@@ -64,16 +62,15 @@ def plan(models: object, settings: object, engines: object, workloads: list[Work
          weights: str | None, gpus: object = 1) -> list[Cell]:
     """Every cell once, in groups of one model and workload: what is compared stands together. Raises ValueError for a
     mistake in an argument, before anything is loaded."""
-    names, engines = dict.fromkeys(check_name(one, weights) for one in many(models)), dict.fromkeys(many(engines))
+    names = dict.fromkeys(check_name(one, weights) for one in many("models", models))
+    engines = dict.fromkeys(one for one in many("engines", engines) if find_engine(one))
     if settings == "all":
         settings = [key for key, row in SETTINGS.items() if row.quantisation not in FILES_OWN and not why_not(row)]
-    asked, facts = [find_setting(key) for key in many(settings)], machine.facts()
-    numbers = [one if one == "all" else whole("gpus", one) for one in many(gpus)]
+    asked, facts = [find_setting(key) for key in many("settings", settings)], machine.facts()
+    numbers = [one if one == "all" else whole("gpus", one) for one in many("gpus", gpus)]
     rows = [on_gpus(row, number, facts) for row in asked
             for number in (numbers if row.device == "cuda" and not row.offload else [1])]
     reasons = {row: why_not(row) for row in rows}
-    for engine in engines:
-        find_engine(engine)
     cells = []
     for name in names:
         source = None if all(reasons.values()) else find(name, weights)
@@ -114,8 +111,3 @@ def _lacks(cell: Cell, known: dict[tuple, Measurement], retry: bool, trace: bool
         return rounds if row is None or retry else 0
     untraced = trace and row.trace is None and find_quantiser(cell.setting.quantisation).traced
     return max(rounds - len(row.rounds), int(untraced))
-
-
-def many(value: object) -> list:
-    """One or several: a text, a path and a number are one."""
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, os.PathLike)) else [value]

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from quantbench.records import Measurement
 from quantbench.results import Run
-from quantbench.settings import PROMPT, Workload, unknown
-from quantbench.sweeps.plan import Cell, many, missing, plan
+from quantbench.settings import PROMPT, Workload, amount, expect, many, unknown
+from quantbench.sweeps.plan import Cell, missing, plan
 from quantbench.sweeps.rounds import Rounds, joined
 from quantbench.sweeps.workers import Jobs
 
@@ -43,16 +43,15 @@ def sweep(models: str | Iterable[str], settings: str | Iterable[str], max_new_to
     takes a model's cells as one job for one worker (Dask's have one each; where a setting needs a GPU, those that offer
     the resource GPU): rows come, and reach `run`, when a model ends, and what a lost worker had is `crashed`.
     Raises ValueError at once, before anything is loaded, for a mistake in any argument."""
-    axes = map(many, (max_new_tokens, batch_size, prompt_tokens, depth, cache))
+    axes = map(many, ("max_new_tokens", "batch_size", "prompt_tokens", "depth", "cache"),
+               (max_new_tokens, batch_size, prompt_tokens, depth, cache))
     workloads = [Workload(prompt, length, batch, repeats, budget_s, *rest) for length, batch, *rest in product(*axes)]
     cells = plan(models, settings, engine, workloads, weights, gpus)
     if executor not in (None, "inline") and not hasattr(executor, "submit"):
         raise ValueError(unknown("executor", executor, ("inline",)))
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        raise ValueError(f"timeout_s must be above 0 seconds, not {timeout_s!r}")
-    if not isinstance(run, Run | None):
-        raise ValueError(f"run must be a qb.Run, such as qb.Run.open(path), not {run!r}")
-    known, stop = {row.key: row for row in run or ()}, stop or threading.Event()
+    timeout_s, run = amount("timeout_s", timeout_s), Run.given(run)
+    stop = expect(stop or threading.Event(), threading.Event, "stop must be a threading.Event")
+    known = {row.key: row for row in run}
     todo = missing(cells, known, retry, trace)
     if kept := len({cell.key for cell in cells} - {cell.key for cell in todo}):
         tqdm.write(f"{kept} of {len(cells)} cells are in the run already: skipped")
@@ -66,15 +65,13 @@ def _by_model(cells: list[Cell], *how: object) -> Iterator[Measurement]:
         yield from Rounds(list(mine), *how).measure()
 
 
-def _measured(count: int, measure: Callable, known: dict[tuple, Measurement], run: Run | None,
+def _measured(count: int, measure: Callable, known: dict[tuple, Measurement], run: Run,
               progress: bool | std_tqdm) -> Iterator[Measurement]:
     with contextlib.nullcontext(progress) if isinstance(progress, std_tqdm) else \
             tqdm(total=count, unit="cell", disable=not (progress and count)) as bar:
         bar.reset(count)
         with contextlib.closing(measure(bar.set_description)) as rows:
             for row in rows:
-                row = joined(known.get(row.key), row)
-                if run is not None:
-                    run.add(row)
+                row = run.add(joined(known.get(row.key), row))
                 bar.update()
                 yield row

@@ -25,7 +25,7 @@ def limits(device: str | None = None) -> Limits:
     dtype of a product, 2 operations per weight and row. `run.add` it, and the views of notebook 03 hold the rows of
     this machine and device against it. Raises ValueError for a device that is not here."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in READ_BYTES or (device == "cuda" and not torch.cuda.is_available()):
+    if device not in [*READ_BYTES] or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"no device {device!r} here: limits are of 'cpu'" + " or 'cuda'" * torch.cuda.is_available())
     wide = torch.ones(min(READ_BYTES[device], machine.free_bytes(device) // 4) // 2**16, 2**14, device=device)
     reads = (wide.sum, partial(linear, torch.ones(1, 2**14, device=device), wide))

@@ -39,9 +39,9 @@ def prompt_table(run: Iterable[Measurement]) -> pd.DataFrame:
 def prompt_findings(run: Iterable[Measurement]) -> Findings:
     """Per model, engine, batch and depth: which setting gives the whole answer first at which prompt length, as far as
     rounds tell, and about where two of them change places. Raises ValueError for two machines."""
-    rows, said = list(run), []
-    machine_of(rows)
-    for (model, shared), lengths in _groups(cells(rows)).items():
+    named, said = cells(run), []
+    machine_of(cell.row for cell in named)
+    for (model, shared), lengths in _groups(named).items():
         ends: list[tuple[list[Cell], int]] = []  # winners, and the last length that is theirs
         for length, group in lengths.items():
             winners = _fastest(group)

@@ -18,7 +18,7 @@ from quantbench.decode import Engine, find_engine, inputs_of
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
-from quantbench.settings import Workload
+from quantbench.settings import Workload, expect
 
 STEPS, PREFILLS = 16, 3  # traced at most
 # by name, the first that fits: kernels of cuBLAS, CUTLASS, Triton and bitsandbytes, operators of torch and bitsandbytes
@@ -39,6 +39,9 @@ def trace(lm: LoadedModel, row: Measurement) -> Measurement:
     operators on a CPU. `kinds` divides it into "products" with weights, "quantised" ones by the quantiser's own
     kernels, "attention", "quantisation" outside a product, and "other". `kernels` counts kernels, or operators.
     """
+    expect(lm, LoadedModel, "trace takes what qb.load returns")
+    if (expect(row, Measurement, "trace takes a row").model, row.setting) != (lm.name, lm.setting.key):
+        raise ValueError(f"trace takes a row of {lm!r}, not of {row.model} · {row.setting_label}")
     if row.status != "ok" or not find_quantiser(lm.setting.quantisation).traced:
         return row
     asked = Workload(row.prompt, row.max_new_tokens, row.batch_size, prompt_tokens=row.prompt_length, depth=row.depth,

@@ -11,6 +11,7 @@ from quantbench.conclusions import Findings
 from quantbench.labels import Cell, cells, machine_of
 from quantbench.records import FIGURES, Measurement
 from quantbench.results import Run
+from quantbench.settings import expect
 from quantbench.tables import view
 from quantbench.why.floors import Floor, Limits, floor, limits_of
 from quantbench.wording import listed
@@ -49,7 +50,9 @@ def verdict(row: Measurement, limits: Limits | None, part: str = "step") -> Verd
     What a product takes above the floor counts as dequantisation where its weights are quantised, as compute where they
     are not; all that is no product is overhead, as the time without work is: a faster product would not shorten it.
     """
-    seen, least = (row.trace or {}).get(part) or {}, floor(row, limits, part)
+    expect(limits, Limits | None, "limits must be what qb.limits returns")
+    trace, least = expect(row, Measurement, "a verdict is on a row").trace or {}, floor(row, limits, part)
+    seen = trace.get(part) or {}
     measured_s = row.ttft_s if part == "prefill" else row.step_ms and row.step_ms / 1000
     if least is None or not measured_s or not {"device_s", "kinds"} <= seen.keys():
         return None

@@ -37,7 +37,7 @@ def panel(run: Run | None = None) -> Panel:
     global _current
     if _current is not None:
         _current.stop()
-    _current = Panel(Run() if run is None else run)
+    _current = Panel(Run.given(run))
     return _current
 
 
