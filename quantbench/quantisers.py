@@ -213,8 +213,8 @@ QUANTISERS = Registry("quantiser", {
     "torchao-int4": "quantbench.methods.torchao:INT4",
     "torchao-int4-g64": "quantbench.methods.torchao:INT4_64",
     "torchao-fp8": "quantbench.methods.torchao:FP8",
-    "gguf": "quantbench.methods.gguf:GGUF",
-    "stored": "quantbench.methods.stored:STORED",  # last: it owns what no other does
+    "gguf": "quantbench.methods.files:GGUF",
+    "stored": "quantbench.methods.files:STORED",  # last: it owns what no other does
 })
 find_quantiser = QUANTISERS.find
 

@@ -17,8 +17,8 @@ FEW_WORDS = 100  # a tokenizer that has no vocabulary file and fewer tokens than
 def read_tokenizer(folder: Path | None, words: int) -> object:
     """Whatever AutoTokenizer reads there; a stand-in where there is none. Raises ValueError for one that is broken, or
     that has more tokens than the model has `words`."""
-    found, has = None, folder and files_of(folder)
-    if has:
+    found = None
+    if files_of(folder):
         try:
             with quiet():
                 found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -57,8 +57,7 @@ def check_context(source: Source, workload: Workload) -> None:
     """Raise OverLength, before anything is loaded, if the workload is over the model's context length."""
     if (config := config_of(source)) is None:
         return
-    folder = source.folder or (source.config or {}).get("folder")
-    tokenizer = read_tokenizer(folder and Path(folder), config.get_text_config().vocab_size)
+    tokenizer = read_tokenizer(source.folder or source.like, config.get_text_config().vocab_size)
     prompt = tokens_of(tokenizer, workload.prompt, config, source.name)
     check_length(source.name, workload.prompt_tokens or len(prompt), workload, context_length(config))
 

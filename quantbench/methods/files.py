@@ -1,7 +1,8 @@
-"""A checkpoint's own quantisation, loaded as it is: bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, torchao."""
+"""What a checkpoint brings itself, run as it is: its own quantisation by transformers, a GGUF file by llama.cpp."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 from quantbench.quantisers import Quantiser, name_of, quantised_as
@@ -9,15 +10,42 @@ from quantbench.settings import Setting
 from quantbench.wording import cut
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
+    from transformers import PretrainedConfig
 
     from quantbench.weights import Source
 
 
+class Gguf(Quantiser):
+    """Whatever types the file holds: the audit tells them. One sequence at a time, as generation reads it."""
+
+    hue, stepwise, takes_folder, traced = "int4", True, False, False
+
+    def why_not(self, setting: Setting, facts: dict) -> str | None:
+        return None if importlib.util.find_spec("llama_cpp") else \
+            "llama-cpp-python is not installed: pip install quantbench[llamacpp]"
+
+    def why_not_checkpoint(self, own: object, setting: Setting, source: Source) -> str | None:
+        return None if source.gguf else f"there is no GGUF file of {source.name}: give the path of one"
+
+    def read(self, source: Source, config: PretrainedConfig, room: int | None) -> nn.Module | None:
+        from quantbench.methods.llamacpp import ROOM, LlamaCpp
+        return LlamaCpp(source.gguf, config, room or ROOM)
+
+    def owns(self, module: nn.Module) -> bool:
+        return hasattr(module, "gguf_type")
+
+    def details(self, module: nn.Module) -> dict:
+        return {"storage_dtype": module.gguf_type, "compute_dtype": "llama.cpp"}
+
+    def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
+        return numel * 9 // 16  # of the usual 4-bit types; the file alone knows
+
+
 class Stored(Quantiser):
-    """Whatever transformers reads; how it is stored is found in the modules, not promised. The audit names the way that
-    another entry knows (bitsandbytes), and "stored" for others."""
+    """bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, torchao: whatever transformers reads. How it is stored is found
+    in the modules, not promised. The audit names the way that another entry knows (bitsandbytes), and "stored" for
+    others."""
 
     def why_not_checkpoint(self, own: object, setting: Setting, source: Source) -> str | None:
         from transformers.quantizers import AutoHfQuantizer
@@ -42,8 +70,8 @@ class Stored(Quantiser):
         return any(one.dim() >= 2 and (one.dtype in codes or hasattr(one, "__tensor_flatten__")) for one in own)
 
     def details(self, module: nn.Module) -> dict:
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        largest: torch.Tensor = max(tensors, key=lambda one: one.nbytes)
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        largest = max(own, key=lambda one: one.nbytes)
         kind = type(largest).__name__ if hasattr(largest, "__tensor_flatten__") else name_of(largest.dtype)
         bits = getattr(module, "bits", getattr(module, "w_bit", None))
         return {"storage_dtype": kind} | ({"bits": bits} if isinstance(bits, int) else {})
@@ -52,4 +80,4 @@ class Stored(Quantiser):
         return numel // 2  # at least: 4 bits
 
 
-STORED = Stored()
+GGUF, STORED = Gguf(), Stored()
