@@ -22,7 +22,7 @@ from quantbench import machine, quantisers
 from quantbench.inspection import (
     AuditError, audit, cache_bytes_per_token, check, load_estimate, need_memory, on_meta, quiet)
 from quantbench.settings import Setting, find_setting, on_gpus
-from quantbench.tokens import StandInTokenizer, context_length, read_tokenizer, tokens_of
+from quantbench.tokens import StandInTokenizer, context_length, read_tokenizer, stop_tokens, tokens_of
 from quantbench.weights import Source, check_keys, check_name, checkpoint, config_of, find
 from quantbench.wording import cut
 
@@ -198,8 +198,7 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
 def _greedy(model: nn.Module) -> nn.Module:
     """Ready to generate, without the checkpoint's own sampling and penalties: they would change what is timed."""
     model.eval().requires_grad_(False)
-    stop, words = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
-    stop = [one for one in (stop if isinstance(stop, list) else [stop]) if one is not None and 0 <= one < words] or None
+    stop = stop_tokens(model) or None
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[0] if stop else 0, do_sample=False)
     return model
 

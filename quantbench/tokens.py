@@ -4,6 +4,7 @@ import re
 import zlib
 from pathlib import Path
 
+from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from quantbench.inspection import quiet
@@ -39,6 +40,12 @@ def tokens_of(tokenizer: object, prompt: str, config: PretrainedConfig, name: st
         said = f"token {max(ids)}, and the model has {words}" if ids else "no tokens"
         raise ValueError(f"{name}: its tokenizer makes {said} of the prompt {cut(prompt, 40)!r}")
     return ids
+
+
+def stop_tokens(model: nn.Module) -> list[int]:
+    """The ids that end a text and are in the vocabulary."""
+    found, words = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
+    return [one for one in (found if isinstance(found, list) else [found]) if one is not None and 0 <= one < words]
 
 
 class OverLength(ValueError):
