@@ -25,9 +25,8 @@ class Eager:
     """transformers' generate as it is: the published method, and what every other engine's text is held against. With a
     static cache too nothing is compiled: that is another engine.
 
-    What its methods say is what each entry of `ENGINES` does: a class, made for one model and prompt. `caches` are those
-    of CACHES that it runs with, where not "default" alone; `cache`, where it shows one, is what the last generation
-    filled."""
+    Its methods say what each entry of `ENGINES` does: a class, made for one model and prompt. `caches` are those of
+    CACHES that it runs with, where not "default" alone; `cache`, where it has one, what the last generation filled."""
 
     caches = tuple(CACHES)
 

@@ -20,6 +20,7 @@ class Gguf(Quantiser):
     """Whatever types the file holds: the audit tells them. One sequence at a time, as generation reads it."""
 
     hue, stepwise, takes_folder, traced = "int4", True, False, False
+    bits = 4.5  # of the usual 4-bit types; the file alone knows
 
     def why_not(self, setting: Setting, facts: dict) -> str | None:
         return None if importlib.util.find_spec("llama_cpp") else \
@@ -38,14 +39,12 @@ class Gguf(Quantiser):
     def details(self, module: nn.Module) -> dict:
         return {"storage_dtype": module.gguf_type, "compute_dtype": "llama.cpp"}
 
-    def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
-        return numel * 9 // 16  # of the usual 4-bit types; the file alone knows
-
 
 class Stored(Quantiser):
     """bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, torchao: whatever transformers reads. How it is stored is found
-    in the modules, not promised. The audit names the way that another entry knows (bitsandbytes), and "stored" for
-    others."""
+    in the modules, not promised. The audit names the way that another entry knows (bitsandbytes), else "stored"."""
+
+    bits = 4  # at least
 
     def why_not_checkpoint(self, own: object, setting: Setting, source: Source) -> str | None:
         from transformers.quantizers import AutoHfQuantizer
@@ -62,8 +61,7 @@ class Stored(Quantiser):
         return None
 
     def owns(self, module: nn.Module) -> bool:
-        """Whether a module holds a matrix of codes, or of a tensor class that does. Position tables of integers are
-        int64, masks bool."""
+        """Whether a module holds a matrix of codes, or a tensor class of them; positions are int64, masks bool."""
         import torch
         codes = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -75,9 +73,6 @@ class Stored(Quantiser):
         kind = type(largest).__name__ if hasattr(largest, "__tensor_flatten__") else name_of(largest.dtype)
         bits = getattr(module, "bits", getattr(module, "w_bit", None))
         return {"storage_dtype": kind} | ({"bits": bits} if isinstance(bits, int) else {})
-
-    def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
-        return numel // 2  # at least: 4 bits
 
 
 GGUF, STORED = Gguf(), Stored()
