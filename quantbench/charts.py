@@ -26,8 +26,7 @@ _HUES = {  # one per width of the weights, told apart by colour-blind readers to
 
 
 class Bar(NamedTuple):
-    """What a cell draws: a value, its text, its interval and the part of it that keeps the full colour; or, with no
-    value, the text in its place."""
+    """What a cell draws: a value, its text, its interval and the part in full colour; without a value, its text."""
 
     cell: Cell
     value: float | None

@@ -130,8 +130,7 @@ def _memory(group: list[Cell]) -> str:
 
 
 def _caveats(mine: list[Cell]) -> str:
-    """What was not measured and why, and what was measured on a disturbed machine; with the workload where not all of
-    a setting's rows are meant."""
+    """What was not measured and why, and what was disturbed; with the workload where not all of a setting is meant."""
     tags, said = [cell.note and f"disturbed ({cell.note})" if cell.measured else
                   f"not measured ({cut(cell.outcome, 100)})" for cell in mine], {}
     for cell, tag in zip(mine, tags):

@@ -3,7 +3,6 @@
 import copy
 import math
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -22,39 +21,23 @@ class Unavailable(RuntimeError):
     """What an engine raises when it turns out, while it is made, that it cannot run this model."""
 
 
-class Engine(Protocol):
-    """What an entry of `ENGINES` is: a class, made for one model and prompt. `caches` are those of CACHES that it runs
-    with, where not "default" alone; `cache`, where it shows one, is what the last generation filled."""
-
-    @staticmethod
-    def why_not(lm: LoadedModel) -> str | None:
-        """Why it cannot run this model here, in a sentence; None when it can."""
-
-    def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, depth: int = 0) -> None:
-        """Do what is needed once, for up to `tokens` new tokens after `inputs` (of `inputs_of`), of which the first
-        `depth` are read now and stay in the KV cache."""
-
-    def rewind(self) -> None:
-        """Bring the cache back to those `depth` tokens; called before every generation, outside the timed region."""
-
-    def __call__(self, new: int) -> torch.Tensor:
-        """Read the prompt after them and generate `new` tokens; return all ids [batch, depth + prompt + new]."""
-
-    def differs(self, output: torch.Tensor) -> tuple[str | None, bool]:
-        """Where `output` leaves eager's text, in words (None: nowhere), and whether that is wrong."""
-
-
 class Eager:
     """transformers' generate as it is: the published method, and what every other engine's text is held against. With a
-    static cache too nothing is compiled: that is another engine."""
+    static cache too nothing is compiled: that is another engine.
+
+    Its methods say what each entry of `ENGINES` does: a class, made for one model and prompt. `caches` are those of
+    CACHES that it runs with, where not "default" alone; `cache`, where it has one, what the last generation filled."""
 
     caches = tuple(CACHES)
 
     @staticmethod
     def why_not(lm: LoadedModel) -> str | None:
+        """Why it cannot run this model here, in a sentence; None when it can."""
         return None
 
     def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, depth: int = 0) -> None:
+        """Do what is needed once, for up to `tokens` new tokens after `inputs` (of `inputs_of`), of which the first
+        `depth` are read now and stay in the KV cache."""
         self.model, self.filled = lm.model, inputs.get("past_key_values")
         self.inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if depth:
@@ -65,15 +48,18 @@ class Eager:
                 raise Unavailable(f"{type(lm.model).__name__} gives no KV cache to go on from: depth 0 alone")
 
     def rewind(self) -> None:
+        """Bring the cache back to those `depth` tokens; called before every generation, outside the timed region."""
         if self.filled is not None:
             self.cache = self.inputs["past_key_values"] = None  # never two copies at a time
             self.cache = self.inputs["past_key_values"] = copy.deepcopy(self.filled)
 
     def __call__(self, new: int) -> torch.Tensor:
+        """Read the prompt after them and generate `new` tokens; return all ids [batch, depth + prompt + new]."""
         return self.model.generate(**self.inputs, min_new_tokens=new, max_new_tokens=new, do_sample=False,
                                    disable_compile=True)
 
     def differs(self, output: torch.Tensor) -> tuple[str | None, bool]:
+        """Where `output` leaves eager's text, in words (None: nowhere), and whether that is wrong."""
         return None, False
 
 

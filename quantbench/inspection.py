@@ -157,8 +157,7 @@ def weights_estimate(model: nn.Module, setting: Setting) -> int:
 
 
 def load_estimate(model: nn.Module, setting: Setting) -> int:
-    """The most bytes that `model`, of `on_meta`, will hold while it is loaded: what is quantised after it was loaded is
-    there unquantised first."""
+    """The most bytes that `model`, of `on_meta`, holds while it loads: what is quantised later is there before."""
     held, plain = weights_estimate(model, setting), dataclasses.replace(setting, quantisation="none")
     after = setting.quantisation != "stored" and find_quantiser(setting.quantisation).config(setting) is None
     return max(held, weights_estimate(model, plain)) if after else held

@@ -1,7 +1,5 @@
 """Load a model under a setting, prove it, and let it go again."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gc
@@ -22,7 +20,7 @@ from quantbench import machine, quantisers
 from quantbench.inspection import (
     AuditError, audit, cache_bytes_per_token, check, load_estimate, need_memory, on_meta, quiet)
 from quantbench.settings import Setting, find_setting, on_gpus
-from quantbench.tokens import StandInTokenizer, context_length, read_tokenizer, tokens_of
+from quantbench.tokens import StandInTokenizer, context_length, read_tokenizer, stop_tokens, tokens_of
 from quantbench.weights import Source, check_keys, check_name, checkpoint, config_of, find
 from quantbench.wording import cut
 
@@ -30,7 +28,7 @@ LEFT_BEHIND = 2**20  # bytes that may stay allocated after close before it is wo
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else: a missing optional CPU kernel, at every load
 
 
-class LoadedModel:
+class LoadedModel(contextlib.AbstractContextManager):
     """What `load` returns: a model in memory, or the reason why it is not there (`status`, `reason`).
 
     `model` is transformers' module, `audit` what was really quantised, `weights_bytes` its size with the
@@ -39,9 +37,9 @@ class LoadedModel:
     loading. A context manager: leaving it calls `close`.
     """
 
-    def __init__(self, name: str, setting: Setting) -> None:
+    def __init__(self, name: str, setting: Setting, status: str = "ok", reason: str | None = None) -> None:
         self.name, self.setting, self.device = name, setting, setting.device
-        self.status, self.reason = "ok", None
+        self.status, self.reason = status, reason
         self.weights = self.revision = None
         self.model = self.tokenizer = self.audit = self.weights_bytes = None
         self.load_s = self.load_peak_bytes = None
@@ -76,9 +74,6 @@ class LoadedModel:
             warnings.warn(f"{self.name} · {self.setting.label} was closed, but something else still holds its memory: "
                           "the next model will not start on a clean device", stacklevel=2)
 
-    def __enter__(self) -> LoadedModel:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -103,9 +98,7 @@ def load(model: str | os.PathLike, setting: str, weights: str | None = None, gpu
     """
     row, name = on_gpus(find_setting(setting), gpus, machine.facts()), check_name(model, weights)
     if reason := why_not(row):
-        lm = LoadedModel(name, row)
-        lm.status, lm.reason = "unavailable", reason
-        return lm
+        return LoadedModel(name, row, "unavailable", reason)
     return load_source(find(name, weights), row)
 
 
@@ -200,8 +193,7 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
 def _greedy(model: nn.Module) -> nn.Module:
     """Ready to generate, without the checkpoint's own sampling and penalties: they would change what is timed."""
     model.eval().requires_grad_(False)
-    stop, words = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
-    stop = [one for one in (stop if isinstance(stop, list) else [stop]) if one is not None and 0 <= one < words] or None
+    stop = stop_tokens(model) or None
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[0] if stop else 0, do_sample=False)
     return model
 
@@ -222,10 +214,9 @@ def _cache_bytes(shapes: nn.Module, lm: LoadedModel) -> int:
 
 def conv1d_to_linear(model: nn.Module) -> None:
     """Replace GPT-2's Conv1D by the Linear that computes the same, in place: weight [in, out] -> [out, in]."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, Conv1D):
-                linear = nn.Linear(child.nx, child.nf, device="meta")
-                linear.weight = nn.Parameter(child.weight.detach().t().contiguous(), requires_grad=False)
-                linear.bias = child.bias
-                setattr(parent, name, linear)
+    for name, child in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(child, Conv1D):
+            linear = nn.Linear(child.nx, child.nf, device="meta")
+            linear.weight = nn.Parameter(child.weight.detach().t().contiguous(), requires_grad=False)
+            linear.bias = child.bias
+            model.set_submodule(name, linear)

@@ -136,8 +136,7 @@ def reset_peak(device: str) -> bool:
 
 
 def peak_bytes(device: str) -> int:
-    """The most bytes held since `reset_peak`: allocated by torch on GPUs, each at its own peak; resident on a CPU
-    (Linux)."""
+    """Most bytes held since `reset_peak`: allocated by torch, each GPU at its own peak; resident on a CPU (Linux)."""
     if device == "cuda":
         return sum(map(torch.cuda.max_memory_allocated, used_gpus()))
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -235,8 +234,7 @@ def _commit() -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor's name: "Intel(R) Xeon(R) CPU @ 2.20GHz"; where it has no number ("AMD EPYC" of any year), with
-    its family and model."""
+    """The processor's name; one without a number ("AMD EPYC" of any year) with its family and model."""
     with contextlib.suppress(OSError, LookupError):
         lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
         told = {name.strip(): value.strip() for name, value in lines}

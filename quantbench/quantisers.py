@@ -38,6 +38,8 @@ class Quantiser:
     stepwise = False  # a token's logits depend on what else is in the pass
     takes_folder = True  # of weights as safetensors
     traced = True  # torch's profiler sees what it computes
+    bits: float | None = None  # of a quantised weight; None: the dtype's
+    row_bytes = 0  # of the scales and zero points that a row of them shares
     rounding: float | None = None  # the step in which activations are rounded, of the largest; None: the dtype's
     kernels: re.Pattern | None = None  # of its products, in a trace
     compile_options: Mapping = MappingProxyType({})  # of torch.compile's, that its step needs
@@ -93,13 +95,14 @@ class Quantiser:
 
     def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
         """What a matrix of `numel` weights for `outputs` outputs will take."""
-        return numel * ITEMSIZE[setting.dtype]
+        return int(numel * (self.bits or 8 * ITEMSIZE[setting.dtype]) // 8) + self.row_bytes * outputs
 
 
 class Int8Bitsandbytes(Quantiser):
     """LLM.int8 (Dettmers et al. 2022): rows in 8 bits, outlier features above `threshold` apart in the dtype."""
 
     package, hue, rounding = "bitsandbytes", "int8", 1 / 127
+    bits, row_bytes = 8, 4  # a float32 scale
     kernels = re.compile(r"int8_\w*(_mm|matmul)\b|igemm|tensorop_i\d|_s8|_int_mm")
 
     def not_captured(self, setting: Setting) -> str | None:
@@ -122,9 +125,6 @@ class Int8Bitsandbytes(Quantiser):
     def tensors(self, module: nn.Module) -> Iterator[torch.Tensor]:
         scales = (getattr(module.weight, "SCB", None), module.state.SCB)  # on the weight until the first forward pass
         yield from [one for one in scales if one is not None][:1]
-
-    def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
-        return numel + 4 * outputs  # one float32 scale each
 
 
 class Int4Bitsandbytes(Quantiser):
@@ -168,10 +168,10 @@ class Int4Bitsandbytes(Quantiser):
 
 
 class DynamicInt8(Quantiser):
-    """torch's dynamic INT8 on a CPU: every Linear, the output head too, one scale per output channel; activations are
-    rounded to 7 bits as they come."""
+    """torch's dynamic INT8 on a CPU: every Linear, the head too, a scale per row; activations are rounded to 7 bits."""
 
     hue, takes_head, stepwise, rounding = "int8", True, True, 2 / 127
+    bits, row_bytes = 8, 16  # a scale and a zero point, of 8 bytes each
     kernels = re.compile(r"linear_dynamic")
 
     def why_not(self, setting: Setting, facts: dict) -> str | None:
@@ -197,9 +197,6 @@ class DynamicInt8(Quantiser):
         yield from (weight.q_per_channel_scales().to("meta"), weight.q_per_channel_zero_points().to("meta"))
         yield from () if bias is None else (bias.to("meta"),)
 
-    def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
-        return numel + 16 * outputs  # a scale and a zero point each, of 8 bytes
-
 
 QUANTISERS = Registry("quantiser", {
     "none": Quantiser(),
@@ -213,8 +210,8 @@ QUANTISERS = Registry("quantiser", {
     "torchao-int4": "quantbench.methods.torchao:INT4",
     "torchao-int4-g64": "quantbench.methods.torchao:INT4_64",
     "torchao-fp8": "quantbench.methods.torchao:FP8",
-    "gguf": "quantbench.methods.gguf:GGUF",
-    "stored": "quantbench.methods.stored:STORED",  # last: it owns what no other does
+    "gguf": "quantbench.methods.files:GGUF",
+    "stored": "quantbench.methods.files:STORED",  # last: it owns what no other does
 })
 find_quantiser = QUANTISERS.find
 

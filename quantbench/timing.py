@@ -1,7 +1,5 @@
 """Timed generation: one cell's samples, taken the way docs and README say they are."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable
@@ -48,19 +46,11 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     title = f"{lm.name} · {lm.setting.label} · {workload.max_new_tokens} tokens"
     most = workload.repeats or REPEATS[1]
     with tqdm(total=most, desc=title, unit="repeat", leave=False, disable=not progress) as bar:
-        while not cell.ended and not _enough(cell, workload):
+        while not cell.ended and not cell.enough():
             cell.sample()
             bar.update()
         bar.total = bar.n  # fewer than 10 were enough: a notebook would paint the bar red
     return cell.measurement()
-
-
-def _enough(cell: Timed, workload: Workload) -> bool:
-    seconds, (least, most) = sorted(cell.samples["latencies_s"]), REPEATS
-    if workload.repeats is not None or len(seconds) < least or len(seconds) >= most:
-        return len(seconds) >= (workload.repeats or most)
-    close = (seconds[-1] - seconds[0]) / 2 <= CLOSE_ENOUGH * seconds[len(seconds) // 2]
-    return close or sum(seconds) + sum(cell.samples["first_token_s"]) >= workload.budget_s
 
 
 class Timed:
@@ -89,6 +79,14 @@ class Timed:
         check_length(lm.name, prompt_tokens, workload, context_length(lm.model.config))
         self.facts["prompt_tokens"], self.before = prompt_tokens, workload.depth + prompt_tokens
         self._unless_it_ends(self._prepare, kind)
+
+    def enough(self) -> bool:
+        """Whether its samples are as many as were asked for, or agree, or took the time that there is."""
+        seconds, (least, most), work = sorted(self.samples["latencies_s"]), REPEATS, self.workload
+        if work.repeats is not None or len(seconds) < least or len(seconds) >= most:
+            return len(seconds) >= (work.repeats or most)
+        close = (seconds[-1] - seconds[0]) / 2 <= CLOSE_ENOUGH * seconds[len(seconds) // 2]
+        return close or sum(seconds) + sum(self.samples["first_token_s"]) >= work.budget_s
 
     def sample(self, round_name: str | None = None) -> None:
         """Time one generation and one of a single token; `round_name` is kept with them."""
@@ -164,8 +162,7 @@ class Timed:
                                 "status": status}
 
     def _memory(self) -> dict:
-        """The peak of this model alone, whoever else lives in this process: what it allocated at load, what its engine
-        holds, and what a generation added."""
+        """The peak of this model alone: what it took at load, what its engine holds, and what a generation added."""
         lm = self.lm
         own = lm.held_after_bytes - lm.held_before_bytes + self.engine_bytes
         peak = None if self.peak_bytes is None else max(own + self.peak_bytes, 0)

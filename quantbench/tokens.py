@@ -4,6 +4,7 @@ import re
 import zlib
 from pathlib import Path
 
+from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from quantbench.inspection import quiet
@@ -17,8 +18,8 @@ FEW_WORDS = 100  # a tokenizer that has no vocabulary file and fewer tokens than
 def read_tokenizer(folder: Path | None, words: int) -> object:
     """Whatever AutoTokenizer reads there; a stand-in where there is none. Raises ValueError for one that is broken, or
     that has more tokens than the model has `words`."""
-    found, has = None, folder and files_of(folder)
-    if has:
+    found = None
+    if files_of(folder):
         try:
             with quiet():
                 found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -41,6 +42,12 @@ def tokens_of(tokenizer: object, prompt: str, config: PretrainedConfig, name: st
     return ids
 
 
+def stop_tokens(model: nn.Module) -> list[int]:
+    """The ids that end a text and are in the vocabulary."""
+    found, words = model.generation_config.eos_token_id, model.config.get_text_config().vocab_size
+    return [one for one in (found if isinstance(found, list) else [found]) if one is not None and 0 <= one < words]
+
+
 class OverLength(ValueError):
     """More tokens than a model has positions for."""
 
@@ -57,8 +64,7 @@ def check_context(source: Source, workload: Workload) -> None:
     """Raise OverLength, before anything is loaded, if the workload is over the model's context length."""
     if (config := config_of(source)) is None:
         return
-    folder = source.folder or (source.config or {}).get("folder")
-    tokenizer = read_tokenizer(folder and Path(folder), config.get_text_config().vocab_size)
+    tokenizer = read_tokenizer(source.folder or source.like, config.get_text_config().vocab_size)
     prompt = tokens_of(tokenizer, workload.prompt, config, source.name)
     check_length(source.name, workload.prompt_tokens or len(prompt), workload, context_length(config))
 

@@ -30,8 +30,8 @@ class Source:
     """Weights found, not yet loaded.
 
     `weights` is one of WEIGHTS; `revision` the Hub commit, the package's version, the seed or the files' digest;
-    `folder` holds a transformers checkpoint (None for random and unconverted weights: see `checkpoint`); `gguf` and
-    `config` say how to make one.
+    `folder` holds a transformers checkpoint (None for random and unconverted weights: see `checkpoint`); `gguf`, or
+    `like`, a folder with configuration and tokenizer, or `config` alone say how to make one.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Source:
     revision: str | None = None
     folder: Path | None = None
     gguf: Path | None = None
+    like: Path | None = None
     config: dict | None = None
 
 
@@ -139,18 +140,16 @@ def config_for(model: str | os.PathLike) -> PretrainedConfig:
     row = MODELS.get(name := check_name(model))
     if _gguf(name) or row and row.bundled and _bundled_gguf(row.bundled):
         source = find(model)
-        folder = checkpoint(source, weights=False)
-    else:
-        source = find(model, "random")
-        folder = (source.config or {}).get("folder")
-    return config_of(replace(source, folder=folder and Path(folder), gguf=None))
+        return config_of(replace(source, folder=checkpoint(source, weights=False), gguf=None))
+    source = find(model, "random")
+    return config_of(replace(source, folder=source.like))
 
 
 def recipe(source: Source) -> dict:
     """What a checkpoint is made from: a configuration without quantisation, or the name of a GGUF file."""
     if source.gguf is not None:
         return {"gguf": source.gguf.name}
-    values = _config_in(source.config["folder"]) if "folder" in source.config else source.config
+    values = _config_in(source.like) if source.like else source.config
     return {key: value for key, value in values.items() if key not in ("quantization_config", "compression_config")}
 
 
@@ -169,9 +168,9 @@ def check_keys(model: PreTrainedModel, told: dict, stored: bool) -> None:
             raise ValueError(f"{len(keys)} weights are {what}, such as {named}{also}")
 
 
-def files_of(folder: Path, names: tuple[str, ...] = TOKENIZERS) -> list[Path]:
-    """A folder's files by these patterns, in order."""
-    return sorted({file for name in names for file in folder.glob(name) if file.is_file()})
+def files_of(folder: Path | None, names: tuple[str, ...] = TOKENIZERS) -> list[Path]:
+    """A folder's files by these patterns, in order; none where there is no folder."""
+    return sorted({file for name in names if folder for file in folder.glob(name) if file.is_file()})
 
 
 def _is_folder(name: str) -> bool:
@@ -198,7 +197,7 @@ def _config_in(folder: str | Path) -> dict:
 def _on_hub(name: str, repo: str, weights: str | None) -> Source:
     folder, why = importlib.import_module(HUB).snapshot(name, repo, weights == "random")
     if weights == "random" and (folder / "config.json").is_file():
-        return Source(name, "random", f"seed {SEED}, config {folder.name[:12]}", config={"folder": str(folder)})
+        return Source(name, "random", f"seed {SEED}, config {folder.name[:12]}", like=folder)
     if files_of(folder, (ONE_FILE, INDEX)):
         return Source(name, "pretrained", folder.name, folder)
     others = files_of(folder, ("*.safetensors", "*.bin"))

@@ -69,7 +69,7 @@ def test_a_folder_with_safetensors_is_pretrained(tmp_path):
 def test_a_folder_with_a_config_alone_is_random_and_any_other_can_be(tmp_path, names, weights):
     source = find(str(holding(tmp_path / "m", "config.json", *names)), weights)
     assert (source.weights, source.folder) == ("random", None) and source.revision.startswith("seed 0, files ")
-    assert source.config == {"folder": str(tmp_path / "m")}
+    assert source.like == tmp_path / "m"
 
 
 def test_pickled_weights_are_refused(tmp_path):

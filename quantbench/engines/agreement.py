@@ -5,6 +5,7 @@ import torch
 from quantbench.decode import stepwise_logits
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
+from quantbench.tokens import stop_tokens
 
 
 def difference(lm: LoadedModel, ours: torch.Tensor, eager: torch.Tensor, prompt_tokens: int) -> tuple[str | None, bool]:
@@ -32,16 +33,8 @@ def _read(lm: LoadedModel, ids: torch.Tensor, prompt_tokens: int) -> torch.Tenso
         logits = stepwise_logits(lm.model, ids, ids.shape[1] - prompt_tokens).float()
     else:
         logits = lm.model(input_ids=ids[:, :-1]).logits[:, prompt_tokens - 1:].float()
-    if (stop := stop_tokens(lm, logits.device)) is not None:
-        logits[..., stop] = -torch.inf
+    logits[..., stop_tokens(lm.model)] = -torch.inf  # generation of exactly n tokens never chooses them
     return logits
-
-
-def stop_tokens(lm: LoadedModel, device: torch.device) -> torch.Tensor | None:
-    """The ids [n] that end a text and are in the vocabulary: generation of exactly n tokens never chooses them."""
-    found, size = lm.model.generation_config.eos_token_id, lm.model.config.get_text_config().vocab_size
-    ids = [one for one in (found if isinstance(found, list) else [found]) if one is not None and 0 <= one < size]
-    return torch.tensor(ids, device=device) if ids else None
 
 
 def _nudged(lm: LoadedModel, ids: torch.Tensor, prompt_tokens: int, logits: torch.Tensor) -> float:

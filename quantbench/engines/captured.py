@@ -12,9 +12,10 @@ from transformers import StaticCache
 from quantbench import machine
 from quantbench.inspection import quiet
 from quantbench.decode import Eager, Unavailable, why_no_cache
-from quantbench.engines.agreement import difference, stop_tokens
+from quantbench.engines.agreement import difference
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
+from quantbench.tokens import stop_tokens
 from quantbench.weights import cache_folder
 from quantbench.wording import cut, listed
 
@@ -40,7 +41,7 @@ class Graph:
         self.lm, self.inputs, self.prompt, self.depth = lm, inputs, inputs["input_ids"], depth
         batch, self.start = self.prompt.shape
         device, room = self.prompt.device, tokens + 3  # capturing runs the step a few times, past what is asked for
-        self.stop = stop_tokens(lm, device)
+        self.stop = torch.tensor(stop_tokens(lm.model), dtype=torch.long, device=device)
         self.cache = StaticCache(config=lm.model.config, max_cache_len=-(-(self.start + room) // 64) * 64)
         self.position, self.slot = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -109,7 +110,7 @@ class Graph:
         self._choose(logits[:, -1])
 
     def _choose(self, logits: torch.Tensor) -> None:
-        if self.stop is not None:  # as min_new_tokens does
+        if len(self.stop):  # as min_new_tokens does
             logits = logits.index_fill(1, self.stop, -torch.inf)
         self.token.copy_(logits.argmax(-1, keepdim=True))
         self.new.index_copy_(1, self.slot, self.token)

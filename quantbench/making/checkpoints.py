@@ -47,7 +47,7 @@ def made(source: Source, weights: bool = True) -> Path:
 
 def _kept_at(source: Source, kind: str) -> Path:
     digest = hashlib.sha256(json.dumps(recipe(source), sort_keys=True).encode())
-    for file in _tokenizer_files(source):
+    for file in files_of(source.like):
         digest.update(file.name.encode() + file.read_bytes())
     name = f"{Path(source.name).name}-{source.revision}-{digest.hexdigest()[:12]}{kind}"
     return cache_folder() / name.replace(" ", "-")
@@ -61,17 +61,12 @@ def _remove_unfinished() -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _tokenizer_files(source: Source) -> list[Path]:
-    folder = (source.config or {}).get("folder")
-    return files_of(Path(folder)) if folder else []
-
-
 def _write_random(source: Source, folder: Path) -> None:
     config = config_of(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32).save_pretrained(folder)
-    for file in _tokenizer_files(source):
+    for file in files_of(source.like):
         shutil.copy(file, folder)
 
 

@@ -25,7 +25,7 @@ def in_folder(name: str, folder: Path, weights: str | None) -> Source:
         return Source(name, "pretrained", revision(folder), folder)
     others = files_of(folder, [f"*.{end}" for end in "safetensors index.* bin pt* ckpt h5 msgpack onnx gguf".split()])
     if weights == "random" or weights is None and not others:
-        return Source(name, "random", f"seed {SEED}, {revision(folder)}", config={"folder": str(folder)})
+        return Source(name, "random", f"seed {SEED}, {revision(folder)}", like=folder)
     raise ValueError(no_weights(f"the folder {name!r}", others))
 
 

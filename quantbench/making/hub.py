@@ -50,10 +50,8 @@ def answers() -> bool:
     """Whether the Hub can be reached."""
     try:
         ask(lambda: hf_raise_for_status(get_session().head(constants.ENDPOINT)))
-    except NoHub:
-        return False
-    except OSError:  # an answer, if not a kind one
-        return True
+    except OSError as error:  # another one is an answer, if not a kind one
+        return not isinstance(error, NoHub)
     return True
 
 

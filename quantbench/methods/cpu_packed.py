@@ -16,23 +16,21 @@ class RowInt8(Quantiser):
     """8 bits, a scale per output channel; the output head too, which bounds the step of a small model."""
 
     hue, takes_head, kind, rounding = "int8", True, "Int8Rows", 2**-7  # bfloat16's, whatever the dtype
+    bits, row_bytes, group = 8, 2, None  # a bfloat16 scale
     kernels = re.compile(r"_weight_int8pack_mm")
 
     def apply(self, model: nn.Module, setting: Setting) -> None:
         from torch import nn
+
+        from quantbench.methods import packed
         head = model.get_output_embeddings()
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and (self.takes_head or child is not head) and self.fits(child):
-                    setattr(parent, name, self.packed(child))
+        for name, child in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(child, nn.Linear) and (self.takes_head or child is not head) and self.fits(child):
+                model.set_submodule(name, getattr(packed, self.kind)(child, self.group))
 
     def fits(self, linear: nn.Linear) -> bool:
         """Whether the kernel takes this shape; what it does not take is left, and the audit says so."""
         return True
-
-    def packed(self, linear: nn.Linear) -> nn.Module:
-        from quantbench.methods.packed import Int8Rows
-        return Int8Rows(linear)
 
     def owns(self, module: nn.Module) -> bool:
         from quantbench.methods import packed
@@ -44,9 +42,6 @@ class RowInt8(Quantiser):
     def promise(self, setting: Setting) -> dict:
         return {"storage_dtype": "int8", "per": "row"}
 
-    def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
-        return numel + 2 * outputs  # a bfloat16 scale each
-
 
 class GroupInt4(RowInt8):
     """4 bits, a scale and a middle per `group` inputs; the output head stays in the dtype."""
@@ -57,10 +52,6 @@ class GroupInt4(RowInt8):
 
     def fits(self, linear: nn.Linear) -> bool:
         return linear.in_features % self.group == 0 and linear.out_features % 16 == 0
-
-    def packed(self, linear: nn.Linear) -> nn.Module:
-        from quantbench.methods.packed import Int4Groups
-        return Int4Groups(linear, self.group)
 
     def details(self, module: nn.Module) -> dict:
         return {"storage_dtype": "int4", "compute_dtype": "bfloat16", "group": module.group}

@@ -5,10 +5,12 @@ from torch import nn
 
 
 class PackedLinear(nn.Module):
-    """What both have in common: `product` takes and gives bfloat16, in which alone the kernels are fast."""
+    """What both have in common: `product` takes and gives bfloat16, in which alone the kernels are fast. `group`
+    inputs of a row share a scale; None: all."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, group: int | None = None) -> None:
         super().__init__()
+        self.group = group
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -22,8 +24,8 @@ class Int8Rows(PackedLinear):
 
     most = 32  # inputs at a time for which the kernel is the faster way
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
+    def __init__(self, linear: nn.Linear, group: int | None = None) -> None:
+        super().__init__(linear, group)
         weight = linear.weight.float()
         scales = (weight.abs().amax(1) / 127).clamp(min=1e-12).to(torch.bfloat16)  # rounded before it divides
         rows = (weight / scales[:, None].float()).round().clamp(-127, 127)
@@ -40,8 +42,7 @@ class Int4Groups(PackedLinear):
     """`group` inputs of a row share a scale and the value of their middle code, 8."""
 
     def __init__(self, linear: nn.Linear, group: int) -> None:
-        super().__init__(linear)
-        self.group = group
+        super().__init__(linear, group)
         weight = linear.weight.float().unflatten(1, (-1, group))  # [outputs, groups, group]
         least, most = weight.amin(2), weight.amax(2)
         scales = ((most - least) / 15).clamp(min=1e-12).to(torch.bfloat16)

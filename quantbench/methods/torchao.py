@@ -57,15 +57,13 @@ class Int8Torchao(Torchao):
     """Weight-only INT8, a scale per row: eager converts the whole matrix in every step, `compile` in the product."""
 
     hue, tensor = "int8", "Int8Tensor"
+    bits, row_bytes = 8, 5  # a float32 scale and an int8 zero point
     kernels = re.compile(r"triton_\w*mm")
     compile_options = {"coordinate_descent_tuning": True}  # inductor then joins conversion and product into one kernel
 
     def method(self) -> object:
         from torchao.quantization import Int8WeightOnlyConfig
         return Int8WeightOnlyConfig(set_inductor_config=False)  # it would hold for what is compiled after, too
-
-    def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
-        return numel + 5 * outputs  # a float32 scale and an int8 zero point each
 
 
 class Int4Torchao(Torchao):
@@ -101,6 +99,7 @@ class Float8Torchao(Torchao):
     """FP8 (e4m3): a scale per row of the weights, and one per token for activations, taken as they come."""
 
     hue, tensor, capability = "int8", "Float8Tensor", [8, 9]
+    bits, row_bytes = 8, 4  # a float32 scale
     rounding = 2**-4  # three bits of mantissa
     kernels = re.compile(r"e4m3|fp8|f8f8|nvjet_q")
 
@@ -110,9 +109,6 @@ class Float8Torchao(Torchao):
 
     def promise(self, setting: Setting) -> dict:
         return super().promise(setting) | {"storage_dtype": "float8_e4m3fn", "activations": "float8_e4m3fn"}
-
-    def matrix_bytes(self, numel: int, outputs: int, setting: Setting) -> int:
-        return numel + 4 * outputs  # one float32 scale each
 
 
 @functools.cache

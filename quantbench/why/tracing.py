@@ -14,7 +14,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from quantbench import machine
-from quantbench.decode import Engine, find_engine, inputs_of
+from quantbench.decode import Eager, find_engine, inputs_of
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
@@ -65,7 +65,7 @@ def _profiler(lm: LoadedModel) -> profile:
     return profile(activities=[ProfilerActivity.CUDA if lm.device == "cuda" else ProfilerActivity.CPU], acc_events=True)
 
 
-def _decode(engine: Engine, lm: LoadedModel, before: int, steps: int) -> profile:
+def _decode(engine: Eager, lm: LoadedModel, before: int, steps: int) -> profile:
     """What is seen of `steps` after a prefill and the steps `before`. An engine without a `step` of its own calls the
     model: what it does until the next call belongs to a step too."""
     profiler, calls = _profiler(lm), itertools.count(-1)  # the first is the prefill
