@@ -165,6 +165,12 @@ class Workload:
         if isinstance(self.budget_s, bool) or not isinstance(self.budget_s, (int, float)) or not self.budget_s > 0:
             raise ValueError(f"budget_s must be above 0 seconds, not {self.budget_s!r}")
 
+    def asked(self, model: str, setting: Setting, engine: str) -> dict:
+        """What a measurement says of the cell that was asked for: its fields by name."""
+        return {"model": model, "setting": setting.key, "gpus": setting.gpus, "engine": engine, "prompt": self.prompt,
+                "prompt_length": self.prompt_tokens, "depth": self.depth, "cache": self.cache,
+                "batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+
 
 def whole(name: str, value: object, least: int = 1) -> int:
     """`value` as an int (numpy's integers are whole numbers too). Raises ValueError for what is none, or too small."""
