@@ -173,7 +173,7 @@ def readings(device: str, watch_s: float = 0.0) -> dict:
         return found
     reasons = _nvml(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons)
     return found | {
-        "gpu_busy": _nvml(lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100),
+        "gpu_busy": gpus_busy(1)[0],
         "sm_mhz": _nvml(lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)),
         "memory_mhz": _nvml(lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM)),
         "celsius": _nvml(lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),

@@ -170,6 +170,12 @@ class Workload:
         CACHES.find(self.cache)
         object.__setattr__(self, "budget_s", amount("budget_s", self.budget_s))
 
+    def asked(self, model: str, setting: Setting, engine: str) -> dict:
+        """What a measurement says of the cell that was asked for: its fields by name."""
+        return {"model": model, "setting": setting.key, "gpus": setting.gpus, "engine": engine, "prompt": self.prompt,
+                "prompt_length": self.prompt_tokens, "depth": self.depth, "cache": self.cache,
+                "batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+
 
 def whole(name: str, value: object, least: int = 1) -> int:
     """`value` as an int (numpy's integers are whole numbers too). Raises ValueError for what is none, or too small."""

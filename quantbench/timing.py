@@ -62,11 +62,8 @@ class Timed:
         self.lm, self.workload, self.clock, kind = lm, workload, clock, find_engine(engine)
         self.samples: dict[str, list] = {name: [] for name in SAMPLE}
         self.ended: tuple[str, str | None] | None = None if lm.status == "ok" else (lm.status, lm.reason)
-        self.facts = {name: getattr(lm, name) for name in (
+        self.facts = workload.asked(lm.name, lm.setting, engine) | {name: getattr(lm, name) for name in (
             "revision", "weights", "load_s", "weights_bytes", "held_before_bytes", "load_peak_bytes", "audit")} | {
-            "model": lm.name, "setting": lm.setting.key, "gpus": lm.setting.gpus, "engine": engine,
-            "prompt": workload.prompt, "prompt_length": workload.prompt_tokens, "depth": workload.depth,
-            "cache": workload.cache, "batch_size": workload.batch_size, "max_new_tokens": workload.max_new_tokens,
             "machine": machine.facts(), "versions": machine.versions()}
         if self.ended:
             return
