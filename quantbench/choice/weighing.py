@@ -123,14 +123,14 @@ def _held(cell: Cell, read: Quality | None, asked: dict) -> tuple[list[str], lis
         checks.append(("of the accuracy", ".3f", kept, asked["keep"], inf, (read.tokens, "tokens of text")))
     doubts = [UNREAD] * bool(not read and asked["keep"] and row.weights != "random" and _quantised(row))
     for what, digits, (low, high), least, most, (count, of) in checks:
-        if (least, most) != (0, inf):
-            said = "unknown" if low is None else f"{low:{digits}}" if low == high else span((low, high), digits)
-            said += f" {what}"
-            broken += [said] * (low is not None and (high < least or low > most))
-            if low is None:
-                doubts.append(said)
-            elif low < least <= high or low <= most < high:
-                doubts.append(f"{said} in {count:,} {of}, {_needed(count, low, high, least or most)}")
+        if low is None:
+            doubts += [f"unknown {what}"] * ((least, most) != (0, inf))
+            continue
+        said = f"{f'{low:{digits}}' if low == high else span((low, high), digits)} {what}"
+        if high < least or low > most:
+            broken.append(said)
+        elif low < least or most < high:
+            doubts.append(f"{said} in {count:,} {of}, {_needed(count, low, high, least or most)}")
     return broken, doubts
 
 
@@ -156,7 +156,7 @@ def _best(sure: list[Candidate]) -> tuple[Candidate | None, Candidate | None]:
     free = [one for one in sure if all(compared(one.cell, other.cell).verdict != SLOWER for other in sure)]
     paces = [compared(one.cell, free[0].cell) for one in free[1:]]
     if not free or any(pace.interval is None for pace in paces):
-        return None, free[0] if free else None
+        return None, next(iter(free), None)
     level = [free[0], *(one for one, pace in zip(free[1:], paces) if SAME * pace.value >= 1)]
     small = [one for one in level if one.memory_gb <= SAME * min(other.memory_gb for other in level)]
     return min(small, key=lambda one: (one.read and one.read.kl_mean) or float(_quantised(one.cell.row))), free[0]

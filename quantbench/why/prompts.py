@@ -48,13 +48,12 @@ def prompt_findings(run: Iterable[Measurement]) -> Findings:
             if ends and {one.setting for one in ends[-1][0]} & {one.setting for one in winners}:
                 ends.pop()
             ends.append((winners, length))
-        parts, last = [], None
-        for winners, length in ends:
+        parts = []
+        for last, (winners, length) in zip([None, *ends], ends):
             names = listed([one.setting for one in winners])
             where = f"over about {_crossing(last, winners, lengths):,} prompt tokens" if last else \
                 f"up to {length:,} prompt tokens" if len(ends) > 1 else f"from {min(lengths):,} to {length:,}"
             parts.append(f"{where} take {names}" if len(winners) == 1 else f"{where} {names} are a tie")
-            last = winners, length
         said.append(f"{model}, {shared}: {'; '.join(parts)}.")
     return Findings(said or ["fewer than two prompt lengths measured yet"])
 
