@@ -149,7 +149,6 @@ def _read(lm: LoadedModel, text: str | None, tokens: int | None, context: int | 
 
 def _measured(lm: LoadedModel, windows: list[Window], on: dict, reference: Reference | None, stepwise: bool | None,
               progress: bool, cache: str = "default") -> Quality:
-    """The record of one pass over a text."""
     stepwise = cache != "default" or (QUANTISERS[lm.setting.quantisation].stepwise if stepwise is None else stepwise)
     on = _whose(lm) | on | {"stepwise": stepwise, "cache": cache, "reference": reference and reference.setting.key}
     try:

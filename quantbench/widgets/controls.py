@@ -1,7 +1,5 @@
 """The package behind buttons: measure, and watch table and charts grow; ask what fits, and which setting to take."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import operator
@@ -29,10 +27,10 @@ _WRAP = {"flex_flow": "row wrap"}
 _LIMITS = {"vram_gb": "VRAM (GB)", "ram_gb": "RAM (GB)", "ttft_s": "TTFT (s)", "min_tokens_per_s": "Tokens/s",
            "keep": "Accuracy kept"}  # of `choose`; 0: none
 _FIELD = {"style": {"description_width": "11em"}, "layout": {"width": "auto", "max_width": "50em"}}
-_current: Panel | None = None  # measuring two at once would slow both: a new panel stops the one before
+_current: "Panel | None" = None  # measuring two at once would slow both: a new panel stops the one before
 
 
-def panel(run: Run | None = None) -> Panel:
+def panel(run: Run | None = None) -> "Panel":
     """Buttons and fields for `sweep`, `fit` and `choose`: what is measured is added to `run` (a new one if None); Run
     replaces the same cells there. A panel made later stops the measuring of this one."""
     global _current
@@ -172,7 +170,6 @@ class Panel(widgets.VBox):
             self.stop_button.disabled = True
 
     def _show(self) -> None:
-        """The table and the charts anew, from the run."""
         self.table.value = show(self.run)._repr_html_()
         self._tabs.layout.display = None if len(self.run) else "none"
         try:
