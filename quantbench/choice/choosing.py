@@ -1,7 +1,5 @@
 """Which setting to take under a person's limits: judged by intervals and shared rounds, measured where it must be."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Iterable

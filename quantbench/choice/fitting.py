@@ -1,7 +1,5 @@
 """What a model takes under each setting, told from its configuration alone: no weights are read."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -14,17 +12,17 @@ from quantbench import machine
 from quantbench.inspection import audit, cache_bytes_per_token, load_estimate, on_meta, weights_estimate
 from quantbench.quantisers import ITEMSIZE, find_quantiser, why_not
 from quantbench.results import Run
-from quantbench.settings import SETTINGS, Setting, amount, many, unknown, whole
+from quantbench.settings import SETTINGS, Registry, Setting, amount, many, whole
 from quantbench.tokens import context_length
 from quantbench.weights import check_name, config_for
 
 if TYPE_CHECKING:
     from quantbench.tables import Tables
 
-DEVICES = {  # bytes as torch reports them; bytes read per second and compute capability as NVIDIA lists them
+DEVICES = Registry("device", {  # bytes as torch reports them, bytes/s and compute capability as NVIDIA lists them
     name: {"bytes": size, "bandwidth": rate, "capability": capability} for name, size, rate, capability in (
         ("T4", 15.8e9, 320e9, [7, 5]), ("L4", 23.6e9, 300e9, [8, 9]), ("A100-40", 42.4e9, 1555e9, [8, 0]),
-        ("A100-80", 85.0e9, 2039e9, [8, 0]), ("H100", 85.0e9, 3350e9, [9, 0]), ("H200", 150.1e9, 4800e9, [9, 0]))}
+        ("A100-80", 85.0e9, 2039e9, [8, 0]), ("H100", 85.0e9, 3350e9, [9, 0]), ("H200", 150.1e9, 4800e9, [9, 0]))})
 CONTEXT = 6e8  # bytes of a GPU that CUDA takes for itself
 _DECIMALS = {"Weights (GB)": 3, "Measured (GB)": 3, "Left unquantised (GB)": 3, "Cache (MB/1,000 tokens)": 2,
              "Longest context": 0, "Batch at 1,024": 0, "Decode floor (ms)": 3}
@@ -46,7 +44,7 @@ class Estimate(NamedTuple):
     why: str | None
 
 
-def fit(model: str | os.PathLike, on: str | dict | None = None, run: Run | None = None) -> Tables:
+def fit(model: str | os.PathLike, on: str | dict | None = None, run: Run | None = None) -> "Tables":
     """What `model` (see `load`) takes under every setting and whether that fits, from its configuration alone, beside
     what `run` measured. GB are 1e9 bytes; rows that do not fit are grey.
 
@@ -113,8 +111,7 @@ def _here(run: Run) -> tuple[dict, dict, dict]:
 
 def _there(on: str | dict) -> tuple[dict, dict, dict]:
     """The same of another GPU."""
-    if not isinstance(one := DEVICES.get(on) if isinstance(on, str) else on, dict):
-        raise ValueError(unknown("device", on, DEVICES))
+    one = on if isinstance(on, dict) else DEVICES.find(on)
     if {*one} != {"bytes", "bandwidth", "capability"} or len(capability := many("capability", one["capability"])) != 2:
         raise ValueError(f"a device is a dict of 'bytes', 'bandwidth' and 'capability' ([8, 0]), not {one}")
     facts = {"gpu": "another", "gpu_capability": [whole("capability", part, 0) for part in capability]}

@@ -1,7 +1,5 @@
 """What measured rows say of a choice: which settings hold to the limits, and which of them none outruns."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from math import ceil, inf, nan
@@ -103,7 +101,7 @@ def judged(run: Run, asked: dict, work: dict, settings: list[str] | None, ruled_
     ranked = pd.DataFrame(lines, keys, _COLUMNS).astype(dict.fromkeys(_DECIMALS, float)).replace(inf, nan)
     unread = [one.cell.row.setting for one, (kind, _) in zip(found, told) if UNREAD in one.doubts and kind == OPEN]
     base = next((one for one in found if one.ratio is None and one.cell.measured), None)
-    why = Findings([*_why(named, best, ranked), *_paid(best, base)])
+    why = _why(named, best, base, ranked)
     return Choice(best and best.cell.row.setting, why, ranked, best and best.cell.row, unread)
 
 
@@ -123,14 +121,14 @@ def _held(cell: Cell, read: Quality | None, asked: dict) -> tuple[list[str], lis
         checks.append(("of the accuracy", ".3f", kept, asked["keep"], inf, (read.tokens, "tokens of text")))
     doubts = [UNREAD] * bool(not read and asked["keep"] and row.weights != "random" and _quantised(row))
     for what, digits, (low, high), least, most, (count, of) in checks:
-        if (least, most) != (0, inf):
-            said = "unknown" if low is None else f"{low:{digits}}" if low == high else span((low, high), digits)
-            said += f" {what}"
-            broken += [said] * (low is not None and (high < least or low > most))
-            if low is None:
-                doubts.append(said)
-            elif low < least <= high or low <= most < high:
-                doubts.append(f"{said} in {count:,} {of}, {_needed(count, low, high, least or most)}")
+        if low is None:
+            doubts += [f"unknown {what}"] * ((least, most) != (0, inf))
+            continue
+        said = f"{f'{low:{digits}}' if low == high else span((low, high), digits)} {what}"
+        if high < least or low > most:
+            broken.append(said)
+        elif low < least or most < high:
+            doubts.append(f"{said} in {count:,} {of}, {_needed(count, low, high, least or most)}")
     return broken, doubts
 
 
@@ -156,7 +154,7 @@ def _best(sure: list[Candidate]) -> tuple[Candidate | None, Candidate | None]:
     free = [one for one in sure if all(compared(one.cell, other.cell).verdict != SLOWER for other in sure)]
     paces = [compared(one.cell, free[0].cell) for one in free[1:]]
     if not free or any(pace.interval is None for pace in paces):
-        return None, free[0] if free else None
+        return None, next(iter(free), None)
     level = [free[0], *(one for one, pace in zip(free[1:], paces) if SAME * pace.value >= 1)]
     small = [one for one in level if one.memory_gb <= SAME * min(other.memory_gb for other in level)]
     return min(small, key=lambda one: (one.read and one.read.kl_mean) or float(_quantised(one.cell.row))), free[0]
@@ -177,8 +175,9 @@ def _verdict(one: Candidate, best: Candidate | None, lead: Candidate | None) -> 
     return OPEN, listed(doubts or ["too few rounds shared with the others"])
 
 
-def _why(named: list[Cell], best: Candidate | None, ranked: pd.DataFrame) -> Findings:
-    """The answer, then by its figures what is open, what ties, what is slower and what is ruled out."""
+def _why(named: list[Cell], best: Candidate | None, base: Candidate | None, ranked: pd.DataFrame) -> Findings:
+    """The answer, then by its figures what is open, what ties, what is slower and what is ruled out; and after how many
+    tokens the answer has made up for what it needs once more than the baseline."""
     said = {kind: "; ".join(f"{name} ({why})" for name, why in zip(some["Setting"], some["Why"]))
             for kind in (OPEN, TIE, SLOWER, OUT) for some in [ranked[ranked["Verdict"] == kind]] if len(some)}
     answer = OPEN if OPEN in said else "nothing meets the limits"
@@ -191,17 +190,13 @@ def _why(named: list[Cell], best: Candidate | None, ranked: pd.DataFrame) -> Fin
         answer = f"{'take' if best.ratio else 'keep'} {best.cell.setting} ({listed(figures)})"
     start = f"{named[0].title} at {named[0].workload}" if named else "Nothing is measured"
     said |= {"quality": f"not known, {RANDOM}"} if named and named[0].random else {}
-    return Findings([f"{start}: {answer}.", *(f"{kind.capitalize()}: {text}." for kind, text in said.items())])
-
-
-def _paid(best: Candidate | None, base: Candidate | None) -> list[str]:
-    """After how many tokens the answer has made up for what it needs once more than the baseline, as a sentence."""
+    why = Findings([f"{start}: {answer}.", *(f"{kind.capitalize()}: {text}." for kind, text in said.items())])
     once = [one and one.cell.row.once_s for one in (best, base)]
-    if None in once or best is base or not (more := once[0] - once[1]) > 0 or not best.seconds < base.seconds:
-        return []
-    tokens = _rounded(more / (base.seconds - best.seconds))
-    return [f"First answers: {best.cell.setting} needs {once[0]:.1f} s once, {more:.1f} s more than "
-            f"{base.cell.setting}: made up after about {tokens:,} tokens."]
+    if None not in once and (more := once[0] - once[1]) > 0 and best.seconds < base.seconds:
+        tokens = _rounded(more / (base.seconds - best.seconds))
+        why.append(f"First answers: {best.cell.setting} needs {once[0]:.1f} s once, {more:.1f} s more than "
+                   f"{base.cell.setting}: made up after about {tokens:,} tokens.")
+    return why
 
 
 def load_line(row: Measurement) -> str:

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 
 from quantbench.charts import CHARTS, Panels, draw
 from quantbench.conclusions import beside
-from quantbench.intervals import Ratio
-from quantbench.labels import Cell, cells
+from quantbench.labels import cells
 from quantbench.records import FIGURES, Measurement
 from quantbench.results import Run
 from quantbench.tables import Tables, show, view
@@ -42,22 +41,20 @@ def gathered(sources: Iterable[Source], per_source: bool = False) -> pd.DataFram
         here = {place: replace(cell, row=rows[key], random=False) for place, key, cell in named if key in rows}
         told = [f"{plain(name)} {cut(version, 12)}" for name, version in versions
                 if version and (name, version) not in shared[machine]]
-        found += [{"side": side, "machine": plain(machine) or "unnamed machine", "versions": " · ".join(told),
-                   "place": place} | _line(*one) for place, one in zip(here, beside(here.values()))]
+        for place, (cell, base, ratio) in zip(here, beside(here.values())):
+            row, (low, high) = cell.row, (ratio and ratio.interval) or (None, None)
+            found.append({
+                "side": side, "machine": plain(machine) or "unnamed machine", "versions": " · ".join(told),
+                "place": place, "cell": cell, "Model": cell.model, "Setting": cell.setting, "Workload": cell.workload,
+                _RATE: row.tokens_per_s if cell.measured else None,
+                _INTERVAL: row.tokens_per_s_ci and span(row.tokens_per_s_ci, ".1f"),
+                "Own ratio": ratio and ratio.value, "Own ratio 95%": low and span((low, high), ".2f"), "low": low,
+                "high": high, "Baseline": base.setting if base and ratio else None, "Verdict": ratio and ratio.verdict,
+                "Weights": "random" if row.weights == "random" else None,
+                "Status": None if cell.measured else cut(cell.outcome, 60)})
     frame = pd.DataFrame(found).astype(dict.fromkeys([_RATE, "Own ratio", "low", "high"], float))
     frame["Machine"] = (frame["machine"] + " · " + frame["versions"]).str.removesuffix(" · ")
     return frame.sort_values(["place", "side"], ignore_index=True)
-
-
-def _line(cell: Cell, base: Cell | None, ratio: Ratio | None) -> dict:
-    row, (low, high) = cell.row, (ratio and ratio.interval) or (None, None)
-    return {"cell": cell, "Model": cell.model, "Setting": cell.setting, "Workload": cell.workload,
-            _RATE: row.tokens_per_s if cell.measured else None,
-            _INTERVAL: row.tokens_per_s_ci and span(row.tokens_per_s_ci, ".1f"),
-            "Own ratio": ratio and ratio.value, "Own ratio 95%": low and span((low, high), ".2f"), "low": low,
-            "high": high, "Baseline": base.setting if base and ratio else None, "Verdict": ratio and ratio.verdict,
-            "Weights": "random" if row.weights == "random" else None,
-            "Status": None if cell.measured else cut(cell.outcome, 60)}
 
 
 def compare_table(*runs: Source) -> pd.DataFrame:

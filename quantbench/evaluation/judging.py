@@ -1,11 +1,8 @@
 """Which setting to take: what each keeps of the reference, beside what it saves and costs."""
 
-from __future__ import annotations
-
-import math
 from collections.abc import Iterable
 from statistics import multimode
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from quantbench.conclusions import Findings
 from quantbench.evaluation.scores import Quality
@@ -31,7 +28,7 @@ class Scored(NamedTuple):
     cell: Cell | None
 
     @classmethod
-    def of(cls, found: Quality, cell: Cell | None = None) -> Scored:
+    def of(cls, found: Quality, cell: Cell | None = None) -> Self:
         row, model = SETTINGS[found.setting] if found.setting in SETTINGS else None, MODELS.get(found.model)
         own = found.cache == "default"
         return cls(found, plain(model.label if model else found.model), plain(found.setting_label), row and row.device,
@@ -123,4 +120,4 @@ def against(one: Scored, base: Scored | None) -> tuple[float, str, Ratio]:
         mine, theirs = (getattr(row, name, None) for row in rows)
         if mine and theirs:
             return 1 - mine / theirs, memory, pace
-    return math.nan, "", pace
+    return float("nan"), "", pace

@@ -75,8 +75,7 @@ def quality(lm: LoadedModel, reference: LoadedModel | Reference | None = None, t
     if reference and (reference.name, reference.revision, reference.weights) != (lm.name, lm.revision, lm.weights):
         raise ValueError(f"quality is paired with the same model under another setting, not {reference!r}")
     if isinstance(reference, LoadedModel):
-        _check(reference)
-        reference = Reference(reference, _read(lm, text, tokens, context, stride), progress)
+        reference = Reference(reference, _read(reference, text, tokens, context, stride), progress)
     elif reference and ({text, tokens, context, stride} != {None} or not reference.kept):
         raise ValueError("a reference brings its text, tokens, context and stride, and must not be closed")
     read = reference.read if reference else _read(lm, text, tokens, context, stride)
@@ -151,7 +150,6 @@ def _read(lm: LoadedModel, text: str | None, tokens: int | None, context: int | 
 
 def _measured(lm: LoadedModel, windows: list[Window], on: dict, reference: Reference | None, stepwise: bool | None,
               progress: bool, cache: str = "default") -> Quality:
-    """The record of one pass over a text."""
     stepwise = cache != "default" or (QUANTISERS[lm.setting.quantisation].stepwise if stepwise is None else stepwise)
     on = _whose(lm) | on | {"stepwise": stepwise, "cache": cache, "reference": reference and reference.setting.key}
     try:
@@ -178,7 +176,7 @@ def _values(lm: LoadedModel, windows: list[Window], cache: str | bool, kept: lis
     `kept`, the reference's log-probabilities and first choices, is filled where it is empty: by the reference's pass.
     `cache` is what holds keys and values from token to token; False: each window is read in one pass.
     """
-    title, filling, place = f"{lm.name} · {lm.setting.label} · quality", kept == [], 0
+    title, filling, reading = f"{lm.name} · {lm.setting.label} · quality", kept == [], iter(kept or ())
     for seen, scored in tqdm(windows, desc=title, unit="window", leave=False, disable=not progress):
         ids = seen.to(lm.model.device)
         logits = stepwise_logits(lm.model, ids, scored, cache)[0] if cache else (
@@ -190,12 +188,11 @@ def _values(lm: LoadedModel, windows: list[Window], cache: str | bool, kept: lis
             if filling:
                 kept.append((ours.half().cpu(), first.cpu()))
             elif kept:
-                base, base_first = (one.to(ours.device) for one in kept[place])
+                base, base_first = (one.to(ours.device) for one in next(reading))
                 base = base.float().log_softmax(-1)
                 kl = (base.exp() * (base - ours)).masked_fill_(base == -torch.inf, 0).sum(-1)  # ruled out: adds nothing
             found = -ours.gather(1, true[:, None])[:, 0], first == true, kl, first == base_first, base_first == true
             yield torch.stack([column.double() for column in found], dim=1).cpu()
-            place += 1
 
 
 def _figures(values: torch.Tensor, scored: list[int], paired: bool) -> dict:

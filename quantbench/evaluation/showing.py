@@ -7,8 +7,6 @@ from itertools import cycle
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from quantbench.charts import GREY, INK, SMALL, TITLE, colour_of
 from quantbench.evaluation.judging import MEMORY, Scored, beats, groups, on_what
@@ -59,16 +57,15 @@ def show_quality(run: Iterable) -> Tables:
     return Tables(shown, empty="no quality measured yet")
 
 
-def plot_quality(run: Iterable) -> Figure:
+def plot_quality(run: Iterable) -> plt.Figure:
     """Speed against closeness to the reference, per model and text: the upper right corner is the best. A mark's area
     is the memory, in GB in the legend, which has the closest first; a hollow one is beaten by another of its device.
     Raises ValueError where no setting has both, and for rows of two machines."""
     run = Run.of(run)
     machine = machine_of([*run, *run.qualities])
-    panels = [[one for one in group if one.cell and one.found.kl_mean is not None] for group in groups(run)]
-    if not any(panels):
+    both = [[one for one in group if one.cell and one.found.kl_mean is not None] for group in groups(run)]
+    if not (panels := [sorted(some, key=lambda one: one.found.kl_mean) for some in both if some]):
         raise ValueError("no setting here has both speed and quality: qb.generate and qb.quality give them")
-    panels = [sorted(panel, key=lambda one: one.found.kl_mean) for panel in panels if panel]
     fig, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(9, 0.6 + 4 * len(panels)), layout="constrained")
     plt.close(fig)
     fig.suptitle("Speed against quality: up and to the right is better", x=0.01, ha="left", size=TITLE, weight="bold")
@@ -79,7 +76,7 @@ def plot_quality(run: Iterable) -> Figure:
     return fig
 
 
-def _draw(ax: Axes, panel: list[Scored]) -> None:
+def _draw(ax: plt.Axes, panel: list[Scored]) -> None:
     held = [next(((gb, of) for name, of in MEMORY.items() if (gb := getattr(one.cell.row, name))), (0, ""))
             for one in panel]
     for shape, one, (gb, of) in zip(cycle("oD^sv<>phPX*8"), panel, held):

@@ -1,13 +1,11 @@
 """Prefill beside decode: which setting answers first, by the length of its prompt and the size of its batch."""
 
-import math
 import textwrap
 from collections.abc import Iterable
+from math import nan
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from quantbench.charts import GREY, INK, SMALL, TEXT, TITLE, checked, colour_of
 from quantbench.conclusions import Findings, compared
@@ -48,18 +46,17 @@ def prompt_findings(run: Iterable[Measurement]) -> Findings:
             if ends and {*map(_name, ends[-1][0])} & {*map(_name, winners)}:
                 ends.pop()
             ends.append((winners, length))
-        parts, last = [], None
-        for winners, length in ends:
+        parts = []
+        for last, (winners, length) in zip([None, *ends], ends):
             names = listed([*map(_name, winners)])
             where = f"over about {_crossing(last, winners, lengths):,} prompt tokens" if last else \
                 f"up to {length:,} prompt tokens" if len(ends) > 1 else f"from {min(lengths):,} to {length:,}"
             parts.append(f"{where} take {names}" if len(winners) == 1 else f"{where} {names} are a tie")
-            last = winners, length
         said.append(f"{model}, {shared}: {'; '.join(parts)}.")
     return Findings(said or ["fewer than two prompt lengths measured yet"])
 
 
-def plot_prompts(run: Iterable[Measurement]) -> Figure:
+def plot_prompts(run: Iterable[Measurement]) -> plt.Figure:
     """Prefill and decode against prompt length at the smallest batch, a line per setting with its 95% intervals, and a
     map of which setting gives the whole answer first, by prompt length and batch. Raises ValueError for no two prompt
     lengths or two machines."""
@@ -70,12 +67,16 @@ def plot_prompts(run: Iterable[Measurement]) -> Figure:
         models.setdefault((model, row.engine, row.depth, row.cache), {})[shared] = lengths
     if not models:
         raise ValueError("nothing to draw: it takes two prompt lengths (sweep's prompt_tokens)")
-    figure, axes = plt.subplots(len(models), 3, squeeze=False, figsize=(10, 2.9 * len(models) + 0.8),
-                                layout="constrained", width_ratios=(1, 1, 1))
+    size = 10, 2.9 * len(models) + 0.8
+    figure, axes = plt.subplots(len(models), 3, squeeze=False, figsize=size, layout="constrained")
     plt.close(figure)
     figure.suptitle("Reading a prompt and writing an answer", x=0.01, ha="left", size=TITLE, weight="bold", color=INK)
     figure.supxlabel(f"{machine} · Bars: 95% interval of the median", x=0.01, ha="left", size=SMALL, color=GREY,
                      parse_math=False)
+    for ax in axes.flat:
+        ax.set_xlabel("Prompt tokens", size=SMALL, color=GREY)
+        ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
+        ax.spines[["top", "right"]].set_visible(False)
     for line, ((model, *_), batches) in zip(axes, models.items()):
         shared, lengths = next(iter(batches.items()))
         for ax, rate in zip(line, RATES):
@@ -117,31 +118,26 @@ def _crossing(last: tuple[list[Cell], int], winners: list[Cell], lengths: dict[i
 
     start, end = longer_s(before), longer_s(after)
     place = before + (after - before) * (min(max(start / (start - end), 0), 1) if start > end else 0)
-    return int(round(place, 1 - int(math.log10(place))))
+    return int(float(f"{place:.2g}"))
 
 
-def _draw_rate(ax: Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:
-    lines: dict[str, list[Cell]] = {}
-    for group in lengths.values():
-        for cell in group:
-            lines.setdefault(_name(cell), []).append(cell)
-    for setting, line in lines.items():
+def _draw_rate(ax: plt.Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:
+    drawn = [cell for group in lengths.values() for cell in group]
+    for setting in dict.fromkeys(map(_name, drawn)):
+        line = [cell for cell in drawn if _name(cell) == setting]
         colour, asked = colour_of(line[0].row.setting), [cell.row.prompt_tokens for cell in line]
-        values = [getattr(cell.row, rate) or math.nan for cell in line]
-        ends = [median_interval(cell.row.rates(rate)) or (math.nan, math.nan) for cell in line]
+        values = [getattr(cell.row, rate) or nan for cell in line]
+        ends = [median_interval(cell.row.rates(rate)) or (nan, nan) for cell in line]
         ax.plot(asked, values, marker="o", markersize=4, linewidth=1.4, color=colour, label=setting)
         ax.vlines(asked, *zip(*ends), color=colour, linewidth=1.4)
     ax.set(xscale="log", ylim=(0, None))
     ax.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
     ax.minorticks_off()
-    ax.set_xlabel("Prompt tokens", size=SMALL, color=GREY)
     ax.set_ylabel(FIGURES[rate], size=SMALL, color=GREY)
-    ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
     ax.grid(color="#DDDDDD", linewidth=0.8)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_fastest(ax: Axes, batches: list[dict[int, list[Cell]]]) -> None:
+def _draw_fastest(ax: plt.Axes, batches: list[dict[int, list[Cell]]]) -> None:
     lengths = sorted({length for one in batches for length in one})
     for place, one in enumerate(batches):
         for length, group in one.items():
@@ -152,7 +148,5 @@ def _draw_fastest(ax: Axes, batches: list[dict[int, list[Cell]]]) -> None:
     ax.set_yticks(range(len(batches)), [f"batch {next(iter(one.values()))[0].row.batch_size}" for one in batches])
     ax.set_xticks([column + 0.5 for column in range(len(lengths))], [f"{length:,}" for length in lengths])
     ax.set(xlim=(0, len(lengths)), ylim=(len(batches) - 0.5, -0.5))
-    ax.set_xlabel("Prompt tokens", size=SMALL, color=GREY)
     ax.set_title("First with the whole answer", loc="left", size=SMALL, color=GREY)
     ax.spines[:].set_visible(False)
-    ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)

@@ -90,12 +90,12 @@ def why_table(run: Iterable[Measurement]) -> pd.DataFrame:
 
 
 def _record(cell: Cell, limits: Limits | None) -> dict:
-    row, least, found, errors = cell.row, floor(cell.row, limits), {}, []
-    for part in ("step", "prefill"):
+    row, least, errors = cell.row, floor(cell.row, limits), []
+    found = dict.fromkeys(("step", "prefill"), Verdict("", {}))
+    for part in found:
         try:
-            found[part] = verdict(row, limits, part) or Verdict("", {})
+            found[part] = verdict(row, limits, part) or found[part]
         except ValueError as error:
-            found[part] = Verdict("", {})
             errors.append(str(error))
     step, prefill = found.values()
     record = {"Model": cell.title, "Setting": cell.setting, "Workload": cell.workload, STEP: row.step_ms,

@@ -1,11 +1,10 @@
 """The package behind buttons: measure, and watch table and charts grow; ask what fits, and which setting to take."""
 
-from __future__ import annotations
-
 import contextlib
 import io
+import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -28,10 +27,10 @@ _WRAP = {"flex_flow": "row wrap"}
 _LIMITS = {"vram_gb": "VRAM (GB)", "ram_gb": "RAM (GB)", "ttft_s": "TTFT (s)", "min_tokens_per_s": "Tokens/s",
            "keep": "Accuracy kept"}  # of `choose`; 0: none
 _FIELD = {"style": {"description_width": "11em"}, "layout": {"width": "auto", "max_width": "50em"}}
-_current: Panel | None = None  # measuring two at once would slow both: a new panel stops the one before
+_current: "Panel | None" = None  # measuring two at once would slow both: a new panel stops the one before
 
 
-def panel(run: Run | None = None) -> Panel:
+def panel(run: Run | None = None) -> "Panel":
     """Buttons and fields for `sweep`, `fit` and `choose`: what is measured is added to `run` (a new one if None); Run
     replaces the same cells there. A panel made later stops the measuring of this one."""
     global _current
@@ -66,11 +65,11 @@ class Panel(widgets.VBox):
         self.choose_button = widgets.Button(description="Which to take", icon="check")
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
         self.save_button = widgets.Button(description="Save", icon="save")
-        self.run_button.on_click(lambda _: self.start())
-        self.fit_button.on_click(lambda _: self.fit())
-        self.choose_button.on_click(lambda _: self.choose())
         self.stop_button.on_click(lambda _: self.stop())
-        self.save_button.on_click(lambda _: self.save())
+        for button, does in ((self.run_button, self.start), (self.fit_button, self.fit),
+                             (self.choose_button, self.choose), (self.save_button, self.save)):
+            button.on_click(lambda _, does=does: does())
+            widgets.dlink((self.stop_button, "disabled"), (button, "disabled"), operator.not_)
         self.progress = widgets.VBox()  # tqdm's bar, once there is one
         self.error, self.answer, self.table, self.saved = (widgets.HTML(layout={"overflow": "auto"}) for _ in range(4))
         self.charts = {name: widgets.Image(layout={"max_width": "100%"}) for name in CHARTS}
@@ -83,23 +82,19 @@ class Panel(widgets.VBox):
         self._show()
 
     def _lines(self) -> list[widgets.Widget]:
-        """From top to bottom."""
+        """From top to bottom: of the settings what can be ticked, then what cannot, under the reason why."""
+        reasons = {key: why_not(row) for key, row in SETTINGS.items()}
+        boxes = [one for reason in dict.fromkeys([None, *reasons.values()]) for one in (
+            widgets.HTML(f"Not on this machine: {html_text(reason)}" if reason else "<b>Settings</b>"),
+            widgets.HBox([self.settings[key] for key in reasons if reasons[key] == reason], layout=_WRAP))]
         heading = "<b>Limits of what to take</b> (speed and accuracy at least, others at most; 0: none)"
         buttons = [self.run_button, self.fit_button, self.choose_button, self.stop_button]
-        return [self.models, self.other, self.max_new_tokens, self.prompt, self.repeats, *self._boxes(),
+        return [self.models, self.other, self.max_new_tokens, self.prompt, self.repeats, *boxes,
                 widgets.HTML(heading), widgets.HBox([*self.limits.values()], layout=_WRAP),
                 widgets.HBox(buttons, layout=_WRAP), self.progress, self.error, self.answer, self.table, self._tabs,
                 self.folder, self.save_button, self.saved]
 
-    def _boxes(self) -> Iterator[widgets.Widget]:
-        """What can be ticked, then what cannot, under the reason why."""
-        reasons = {key: why_not(row) for key, row in SETTINGS.items()}
-        for reason in dict.fromkeys([None, *reasons.values()]):
-            yield widgets.HTML(f"Not on this machine: {html_text(reason)}" if reason else "<b>Settings</b>")
-            yield widgets.HBox([self.settings[key] for key in reasons if reasons[key] == reason], layout=_WRAP)
-
     def start(self) -> None:
-        """What the Run button does."""
         asked = self._asked() | {"prompt": self.prompt.value, "repeats": self.repeats.value or None}
 
         def measure(stop: threading.Event, bar: tqdm) -> None:
@@ -110,14 +105,13 @@ class Panel(widgets.VBox):
         self._begin(measure, bool(asked["models"] and asked["settings"]), "a setting")
 
     def fit(self) -> None:
-        """What the "What fits" button does: `fit` for each model."""
         def estimate(stop: threading.Event, bar: tqdm) -> None:
             self.answer.value = "".join(fit(model, run=self.run)._repr_html_() for model in models)
         models = self._asked()["models"]
         self._begin(estimate, bool(models))
 
     def choose(self) -> None:
-        """What the "Which to take" button does: `choose` for the model, among the settings that are ticked."""
+        """`choose` for each model, among the settings that are ticked."""
         asked = self._asked() | {name: field.value or None for name, field in self.limits.items()}
         models = asked.pop("models")
 
@@ -140,24 +134,18 @@ class Panel(widgets.VBox):
         self._stop = threading.Event()
         self._bar = tqdm(desc="Looking for the weights", bar_format=_BAR, display=False)
         self.progress.children = [self._bar.container]
-        self._idle(False)
+        self.stop_button.disabled = False
         self._measuring = threading.Thread(target=self._work, args=(self._stop, self._bar, work), daemon=True)
         self._measuring.start()
 
-    def _idle(self, idle: bool) -> None:
-        for button in (self.run_button, self.fit_button, self.choose_button, self.save_button):
-            button.disabled = not idle
-        self.stop_button.disabled = idle
-
     def stop(self) -> None:
-        """What the Stop button does: end the measuring processes, keep the rows."""
+        """End the measuring processes, keep the rows."""
         if (stop := self._stop) is not None:
             stop.set()
             self._measuring.join(1)  # a look-up on the Hub is left to end by itself
-            self._end(stop, "Stopped; what was measured is kept")
+            self._end(stop)
 
     def save(self) -> None:
-        """What the Save button does: `save` to the folder of the field beside it."""
         self._mistake("")
         try:
             self.saved.value = "<br>".join(map(html_text, save(self.run, Path(self.folder.value or ".").expanduser())))
@@ -172,17 +160,16 @@ class Panel(widgets.VBox):
             words, known = "Ended early", isinstance(error, (ValueError, OSError))
             if not stop.is_set():
                 self._mistake(str(error) if known else f"{type(error).__name__}: {error}")
-        self._end(stop, "Stopped; what was measured is kept" if stop.is_set() else words)
+        self._end(stop, words)
 
-    def _end(self, stop: threading.Event, words: str) -> None:
+    def _end(self, stop: threading.Event, words: str = "") -> None:
         if stop is self._stop:
-            self._bar.set_description(words)
+            self._bar.set_description("Stopped; what was measured is kept" if stop.is_set() else words)
             self._bar.close()
             self._stop = None
-            self._idle(True)
+            self.stop_button.disabled = True
 
     def _show(self) -> None:
-        """The table and the charts anew, from the run."""
         self.table.value = show(self.run)._repr_html_()
         self._tabs.layout.display = None if len(self.run) else "none"
         try:
