@@ -60,7 +60,8 @@ def cells(run: Iterable[Measurement]) -> list[Cell]:
         setting = row.setting_label + f" · {row.engine}" * (row.engine != "eager")
         seen[place := (row.model, row.weights == "random", setting, row.machine_name, row.work)] += 1
         setting += f" ({seen[place]})" * (seen[place] > 1)
-        work = f"{row.max_new_tokens} tokens" + f", batch {row.batch_size}" * (row.batch_size != 1)
+        work = f"{row.max_new_tokens} token{'s' * (row.max_new_tokens != 1)}"
+        work += f", batch {row.batch_size}" * (row.batch_size != 1)
         work += f", prompt of {row.prompt_length}" * bool(row.prompt_length) + f", depth {row.depth}" * bool(row.depth)
         work += f", prompt {prompts.index(row.prompt) + 1} “{cut(row.prompt, 20)}”" * (len(prompts) > 1)
         work += f", {row.cache} cache" * (row.cache != "default")

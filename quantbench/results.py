@@ -92,7 +92,7 @@ class Run:
     @classmethod
     def read(cls, path: str | os.PathLike) -> Run:
         """The records of a results file. Lines that cannot be read are warned of and left where they are."""
-        path, records = Path(path), []
+        path, records = Path(path).expanduser(), []
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is no regular file: results are read from and appended to one")
         for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -150,7 +150,7 @@ class Run:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write all records to `path` as JSON lines, whole or not at all; return it."""
-        path = Path(path)
+        path = Path(path).expanduser()
         if self.path is None or not path.exists() or path.resolve() != self.path.resolve():  # else all is there
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path):

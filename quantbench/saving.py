@@ -18,7 +18,7 @@ def save(run: Run, folder: str | os.PathLike) -> list[Path]:
 
     Raises ValueError if nothing was measured or rows come from two machines, OSError if the folder cannot be written.
     """
-    run, folder = Run.of(run), Path(folder)
+    run, folder = Run.of(run), Path(folder).expanduser()
     if not any(row.status == "ok" and row.tokens_per_s for row in run):
         raise ValueError("nothing to save: no setting was measured")
     csv = table(run).reset_index().map(lambda value: f"'{value}" if str(value).startswith(_FORMULA) else value)

@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import importlib
 import operator
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -202,7 +201,7 @@ def expect(value: Any, kind: type | tuple, said: str) -> Any:
 
 def many(name: str, value: object) -> list:
     """One or several: a text, a path and a number are one. Raises ValueError for none."""
-    one = isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Iterable)
+    one = isinstance(value, (str, bytes)) or hasattr(value, "__fspath__") or not isinstance(value, Iterable)
     return ([value] if one else list(value)) or expect(value, (), f"{name} must be at least one")
 
 

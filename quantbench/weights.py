@@ -53,7 +53,7 @@ def check_name(model: str | os.PathLike, weights: str | None = None) -> str:
     Raises ValueError, before any long work, for what is none of them, and for unknown weights."""
     if weights not in (None, *WEIGHTS):
         raise ValueError(unknown("weights", weights, WEIGHTS))
-    name = os.fspath(expect(model, str | os.PathLike, "unknown model: one is a name, a folder or a file"))
+    name = os.fspath(expect(model, str | os.PathLike, "unknown model: one is a name, a folder or a file")).rstrip("/")
     if isinstance(model, os.PathLike) and not _is_folder(name):
         name = os.path.join(".", name)
     if _is_folder(name) and not os.path.isdir(os.path.expanduser(name)) and not _gguf(name):

@@ -181,7 +181,8 @@ def test_a_mistake_is_said_before_anything_is_read_or_measured(tiny_gpt2, mistak
 def test_quality_is_read_from_the_fastest_on_until_it_cannot_matter(monkeypatch):
     kept = {"cpu-fp32": 1.0, "cpu-int4": 0.9, "cpu-int8": 0.995}
     speeds, asked = {"cpu-fp32": 100, "cpu-int4": 200, "cpu-int8": 150, "cpu-int8-dynamic": 50}, []
-    run = qb.Run(rows(speeds, dict.fromkeys(speeds, 1.0), machine=qb.facts()))
+    run = qb.Run([row for machine in (qb.facts(), {"cpu": "another"})  # whose rows are left out
+                  for row in rows(speeds, dict.fromkeys(speeds, 1.0), machine=machine)])
     for name, stub in {"sweep": lambda *_, **__: [], "load": lambda name, key: contextlib.nullcontext(key),
                        "reference": lambda key: SimpleNamespace(quality=read(key, 1.0, machine=qb.facts())),
                        "quality": lambda key, _: asked.append(key) or read(key, kept[key], machine=qb.facts())}.items():

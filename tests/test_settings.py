@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import numpy
+import pandas
 import pytest
 
+import quantbench as qb
 from quantbench.quantisers import QUANTISERS, find_quantiser, why_not
 from quantbench.settings import EXPERIMENT, SETTINGS, Workload, find_setting, more_settings, on_gpus
+from quantbench.weights import check_name
 
 T4 = {"gpu": "Tesla T4", "gpu_capability": [7, 5], "dynamic_int8": True}
 A100 = T4 | {"gpu": "A100", "gpu_capability": [8, 0]}
@@ -102,6 +105,12 @@ def test_an_unknown_name_names_the_nearest():
 def test_a_workload_that_cannot_run_is_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         Workload(**bad)
+
+
+def test_arrays_are_several_and_a_folders_name_ends_in_no_slash(tiny_gpt2):
+    for kind in (numpy.array, pandas.Series, iter):
+        qb.sweep(kind([tiny_gpt2]), kind(["cpu-fp32", "cpu-int4"]), kind([3, 5]))
+    assert check_name(tiny_gpt2 + "/") == tiny_gpt2
 
 
 def test_numpys_integers_are_whole_numbers():

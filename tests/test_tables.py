@@ -93,6 +93,17 @@ def test_what_is_no_run_is_said_in_one_sentence_by_every_view(view):
         qb.Run().add([ROW])
 
 
+def test_a_tilde_is_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert {path.parent for path in qb.save([ROW], "~/here")} == {tmp_path / "here"}
+    assert [*qb.Run.read("~/here/rows.jsonl")] == [ROW] and qb.Run([ROW]).save("~/x.jsonl") == tmp_path / "x.jsonl"
+
+
+def test_one_token_is_no_plural():
+    assert "Workload" not in show([dataclasses.replace(ROW, max_new_tokens=1)])[0].frame
+    assert "at 1 token only GPU INT4" in qb.findings([dataclasses.replace(ROW, max_new_tokens=1)])[0]
+
+
 def test_every_frame_of_a_view_is_shown():
     run = qb.Run([dataclasses.replace(ROW, setting=key, rounds=list("abcdef")) for key in ("gpu-fp16", "gpu-int4")])
     assert "GPU INT4" in repr(show(table(run))) and "64.0" in show(table(run)[["Setting", "Tokens/sec"]]).markdown()

@@ -43,7 +43,9 @@ def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, 
     base, wanted, ruled_out = _plan(name, asked, batch_size, settings, run)
     stop = stop or threading.Event()
     list(qb.sweep(name, wanted, run=run, stop=stop, progress=progress, **work))
-    return _with_quality(name, base, run, stop, lambda: judged(run.only(model=name), asked, work, wanted, ruled_out))
+    here = {"model": name, "machine_name": qb.Measurement(
+        model=name, setting="-", max_new_tokens=1, machine=qb.facts()).machine_name}  # a run may have other machines'
+    return _with_quality(name, base, run, stop, lambda: judged(run.only(**here), asked, work, wanted, ruled_out))
 
 
 def _plan(name: str, asked: dict, batch_size: int, settings: list[str] | None,

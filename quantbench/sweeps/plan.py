@@ -64,7 +64,7 @@ def plan(models: object, settings: object, engines: object, workloads: list[Work
     mistake in an argument, before anything is loaded."""
     names = dict.fromkeys(check_name(one, weights) for one in many("models", models))
     engines = dict.fromkeys(one for one in many("engines", engines) if find_engine(one))
-    if settings == "all":
+    if isinstance(settings, str) and settings == "all":
         settings = [key for key, row in SETTINGS.items() if row.quantisation not in FILES_OWN and not why_not(row)]
     asked, facts = [find_setting(key) for key in many("settings", settings)], machine.facts()
     numbers = [one if one == "all" else whole("gpus", one) for one in many("gpus", gpus)]

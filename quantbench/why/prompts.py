@@ -64,7 +64,7 @@ def plot_prompts(run: Iterable[Measurement]) -> plt.Figure:
     models: dict[tuple, Groups] = {}
     for (model, shared), lengths in _groups(named).items():
         row = next(iter(lengths.values()))[0].row
-        models.setdefault((model, row.engine, row.depth, row.cache), {})[shared] = lengths
+        models.setdefault((model, row.engine, row.depth, row.cache, row.max_new_tokens), {})[shared] = lengths
     if not models:
         raise ValueError("nothing to draw: it takes two prompt lengths (sweep's prompt_tokens)")
     size = 10, 2.9 * len(models) + 0.8
@@ -88,11 +88,12 @@ def plot_prompts(run: Iterable[Measurement]) -> plt.Figure:
 
 
 def _groups(named: list[Cell]) -> Groups:
-    found: Groups = {}
+    found, several = {}, len({cell.row.max_new_tokens for cell in named}) > 1
     for cell in (cell for cell in named if cell.measured):
         row = cell.row
         shared = ", ".join([row.engine, f"batch {row.batch_size}", *[f"depth {row.depth:,}"] * bool(row.depth),
-                            *[f"{row.cache} cache"] * (row.cache != "default")])
+                            *[f"{row.cache} cache"] * (row.cache != "default"),
+                            *[f"{row.max_new_tokens:,} new tokens"] * several])
         found.setdefault((cell.title, shared), {}).setdefault(row.prompt_tokens, []).append(cell)
     return {place: dict(sorted(lengths.items())) for place, lengths in found.items() if len(lengths) > 1}
 
