@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from statistics import median
 
 from scipy.stats import binom
@@ -17,13 +16,8 @@ PROCESSES = 0.02
 def median_interval(samples: Sequence[float]) -> Interval | None:
     """The narrowest pair of order statistics that holds the median with at least 95% (the sign test's interval:
     David & Nagaraja, Order Statistics, 2003, 7.1): of 6 samples their range, at 96.9%. None below 6 samples."""
-    ordered, place = sorted(samples), _place(len(samples))
+    ordered, place = sorted(samples), int(binom.ppf(0.025, len(samples), 0.5)) if len(samples) else 0
     return (ordered[place - 1], ordered[-place]) if place else None
-
-
-@cache
-def _place(samples: int) -> int:
-    return int(binom.ppf(0.025, samples, 0.5)) if samples else 0
 
 
 @dataclass(frozen=True)

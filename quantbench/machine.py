@@ -59,8 +59,6 @@ def versions() -> dict[str, str | None]:
     return found | {"torch": torch.__version__}  # with its build: +cpu, +cu128
 
 
-# ---- memory ----
-
 def synchronize(device: str) -> None:
     """Wait until everything queued on `device` has run, so that a clock read after it is true."""
     for gpu in used_gpus() if device == "cuda" else ():
@@ -160,8 +158,6 @@ def out_of_memory(error: BaseException) -> str | None:
     told = ("DefaultCPUAllocator", "CUDA out of memory", "unable to mmap", "Cannot allocate memory")
     return said if any(words in said for words in told) else None
 
-
-# ---- readings that change while a cell runs ----
 
 def readings(device: str, watch_s: float = 0.0) -> dict:
     """What the machine is doing now, as plain JSON; watched for `watch_s` seconds while we do nothing, `cpu_busy` is

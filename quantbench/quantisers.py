@@ -179,8 +179,7 @@ class DynamicInt8(Quantiser):
 
     def apply(self, model: nn.Module, setting: Setting) -> None:
         import torch
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.ao is deprecated in favour of torchao, which leaves GPT-2 as it is
+        with warnings.catch_warnings(action="ignore"):  # torch.ao gives way to torchao, which leaves GPT-2 as it is
             per_channel = {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
             torch.ao.quantization.quantize_dynamic(model, per_channel, dtype=torch.qint8, inplace=True)
 

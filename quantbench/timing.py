@@ -92,10 +92,8 @@ class Timed:
 
     def measurement(self) -> Measurement:
         """The row of all samples so far. The engine's text is held against eager's now, outside every timed region."""
-        made = {} if self.ended else self._unless_it_ends(self._finish) or {}
-        if self.ended:
-            made = dict(zip(("status", "reason"), self.ended))
-        return Measurement(**self.facts | made)
+        made = None if self.ended else self._unless_it_ends(self._finish)
+        return Measurement(**self.facts | (made or dict(zip(("status", "reason"), self.ended))))
 
     def _prepare(self, kind: type) -> None:
         lm, tokens, bits = self.lm, self.workload.max_new_tokens, CACHES[self.workload.cache]

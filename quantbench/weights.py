@@ -56,7 +56,7 @@ def check_name(model: str | os.PathLike, weights: str | None = None) -> str:
     name = os.fspath(expect(model, str | os.PathLike, "unknown model: one is a name, a folder or a file")).rstrip("/")
     if isinstance(model, os.PathLike) and not _is_folder(name):
         name = os.path.join(".", name)
-    if _is_folder(name) and not os.path.isdir(os.path.expanduser(name)) and not _gguf(name):
+    if _is_folder(name) and not os.path.isdir(os.path.expanduser(name)) and not _is_gguf(name):
         raise ValueError(f"there is no {'file' if name.endswith('.gguf') else 'folder'} {name!r}")
     if not _is_folder(name) and name not in MODELS and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         more = " A Hub id (owner/name) or a local folder works too"
@@ -72,10 +72,8 @@ def find(model: str | os.PathLike, weights: str | None = None) -> Source:
     of MODELS has random ones instead, where the Hub cannot be reached: a warning says why.
     """
     name = check_name(model, weights)
-    if file := _gguf(name):
-        return importlib.import_module(FOLDERS).of_gguf(name, file, weights)
     if _is_folder(name):
-        return importlib.import_module(FOLDERS).in_folder(name, Path(name).expanduser(), weights)
+        return importlib.import_module(FOLDERS).local(name, Path(name).expanduser(), weights)
     row = MODELS.get(name)
     seeded = Source(name, "random", f"seed {SEED}", config=row.config) if row and row.config else None
     if row and row.bundled and weights in (None, "bundled") and (gguf := _bundled_gguf(row.bundled)):
@@ -138,7 +136,7 @@ def config_for(model: str | os.PathLike) -> PretrainedConfig:
     """A model's configuration, its own quantisation with it: of what the Hub holds nothing else is downloaded. Raises
     ValueError as `find` and `config_of` do."""
     row = MODELS.get(name := check_name(model))
-    if _gguf(name) or row and row.bundled and _bundled_gguf(row.bundled):
+    if _is_gguf(name) or row and row.bundled and _bundled_gguf(row.bundled):
         source = find(model)
         return config_of(replace(source, folder=checkpoint(source, weights=False), gguf=None))
     source = find(model, "random")
@@ -177,9 +175,8 @@ def _is_folder(name: str) -> bool:
     return name.startswith((".", "~")) or os.path.isabs(name)
 
 
-def _gguf(name: str) -> Path | None:
-    file = os.path.expanduser(name)
-    return Path(file) if _is_folder(name) and file.endswith(".gguf") and os.path.isfile(file) else None
+def _is_gguf(name: str) -> bool:
+    return _is_folder(name) and name.endswith(".gguf") and os.path.isfile(os.path.expanduser(name))
 
 
 def _here(name: str) -> str:

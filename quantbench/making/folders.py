@@ -13,8 +13,13 @@ SAMPLE = 2**16  # bytes
 NUMBERS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # others are codes: nothing without a scale
 
 
-def in_folder(name: str, folder: Path, weights: str | None) -> Source:
-    """The source of a local folder. Raises ValueError where it holds no checkpoint, or not the `weights` asked for."""
+def local(name: str, folder: Path, weights: str | None) -> Source:
+    """The source of a local folder, or of a GGUF file. Raises ValueError where it holds no checkpoint, or not the
+    `weights` asked for."""
+    if folder.is_file():
+        if weights not in (None, "pretrained"):
+            raise ValueError(f"{name!r} has weights of its own, not {weights} ones")
+        return Source(name, "pretrained", _digest([folder]), gguf=folder)
     has = {file.name for file in folder.iterdir()}
     wrong = "holds an adapter: merge it into its model, and save that" if "adapter_config.json" in has else \
         "holds no config.json: not a transformers checkpoint" if "config.json" not in has else \
@@ -27,13 +32,6 @@ def in_folder(name: str, folder: Path, weights: str | None) -> Source:
     if weights == "random" or weights is None and not others:
         return Source(name, "random", f"seed {SEED}, {revision(folder)}", like=folder)
     raise ValueError(no_weights(f"the folder {name!r}", others))
-
-
-def of_gguf(name: str, file: Path, weights: str | None) -> Source:
-    """The source of a GGUF file. Raises ValueError where others than its own weights are asked for."""
-    if weights not in (None, "pretrained"):
-        raise ValueError(f"{name!r} has weights of its own, not {weights} ones")
-    return Source(name, "pretrained", _digest([file]), gguf=file)
 
 
 def no_weights(where: str, others: list[Path]) -> str:

@@ -33,8 +33,7 @@ class Torchao(Quantiser):
         from torch import nn
         from torchao.quantization import quantize_
         head = model.get_output_embeddings()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice on versions of CUDA, once per layer
+        with warnings.catch_warnings(action="ignore"):  # advice on versions of CUDA, once per layer
             quantize_(model, self.method(), lambda one, _: isinstance(one, nn.Linear) and one is not head,
                       device=setting.device)
 
