@@ -128,14 +128,13 @@ class Slow(Desk):
         return super().prepare(cell)
 
     def sample(self, name):
-        rate = super().sample(name)
-        self.timed.samples["latencies_s"][-1] *= self.times
-        return rate / self.times
+        super().sample(name)
+        self.timed.samples["latencies_s"][-1] = self.times / 100  # this machine may be as noisy as it likes
+        return 100 / self.times
 
 
 def test_a_process_that_stands_out_is_measured_again_and_both_are_kept(tiny_gpt2, monkeypatch):
     monkeypatch.setattr(rounds, "Child", lambda stop, needs_cuda: Slow())
-    monkeypatch.setattr(rounds, "WIDE", 5)  # this machine may be as noisy as it likes
     rows = {row.setting: row for row in qb.sweep(tiny_gpt2, [*BOTH, "cpu-bf16"], 3, repeats=6, progress=False)}
     assert {key: len(row.rounds) for key, row in rows.items()} == {"cpu-fp32": 12, "cpu-int4": 12, "cpu-bf16": 6}
     assert rows["cpu-fp32"].rounds == rows["cpu-int4"].rounds and rows["cpu-fp32"].reason is None

@@ -1,9 +1,6 @@
 """One cell at its desk, here or in a fresh process: whatever happens in that, its parent goes on."""
 
-from __future__ import annotations
-
 import contextlib
-import math
 import multiprocessing.connection
 import multiprocessing.util
 import os
@@ -44,8 +41,7 @@ class Desk:
     """One cell at its desk: the model stays loaded while it is not its turn, and for the next workload. An answer that
     is a Measurement is the cell's end."""
 
-    def __init__(self) -> None:
-        self.lm: LoadedModel | None = None
+    lm: LoadedModel | None = None
 
     def ask(self, method: str, *args: object, timeout_s: float | None = None) -> tuple[object, str | None]:
         """A method's answer, or a `failed` row and the traceback: not every exception can travel."""
@@ -82,11 +78,10 @@ class Desk:
 
     def can_use_cuda(self) -> bool:
         """Not if this process's server had a context when it forked it. No GPU is no trouble."""
-        try:
+        with contextlib.suppress(RuntimeError):
             torch.cuda.is_available() and torch.cuda.init()
-        except RuntimeError:
-            return False
-        return not torch.cuda._is_in_bad_fork()
+            return not torch.cuda._is_in_bad_fork()
+        return False
 
 
 class Child:
@@ -98,7 +93,7 @@ class Child:
         global _how
         self.stop = stop
         self._start()
-        if needs_cuda and _how == "forkserver" and not self.ask("can_use_cuda", timeout_s=math.inf)[0]:
+        if needs_cuda and _how == "forkserver" and not self.ask("can_use_cuda", timeout_s=float("inf"))[0]:
             tqdm.write("a package asked CUDA before the measuring processes were forked: they are spawned instead, "
                        "which takes some seconds more each")
             _how = "spawn"
@@ -124,8 +119,7 @@ class Child:
             raise ChildDied(_death(self.process.exitcode)) from None
 
     def close(self) -> None:
-        """Kill the process, in the middle of its work too."""
-        self.process.kill()
+        self.process.kill()  # in the middle of its work too
         self.process.join()
 
     def _start(self) -> None:

@@ -1,9 +1,6 @@
 """What a sweep is asked for, as cells that are checked before anything is loaded."""
 
-from __future__ import annotations
-
 import dataclasses
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
@@ -19,7 +16,7 @@ from quantbench.tokens import OverLength, check_context
 from quantbench.weights import Source, check_name, find
 
 
-@dataclass(frozen=True, eq=False)  # told apart by identity: a source holds a configuration
+@dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity: a source holds a configuration
 class Cell:
     """Model x setting x engine x workload, and why it cannot run on this machine, if so."""
 
@@ -34,17 +31,15 @@ class Cell:
 
     def row(self, status: str, reason: str | None) -> Measurement:
         """The measurement of a cell that gave no samples."""
+        asked = {name: getattr(self.workload, name) for name in (
+            "prompt", "depth", "cache", "batch_size", "max_new_tokens")}
         return Measurement(
             model=self.model, setting=self.setting.key, gpus=self.setting.gpus, engine=self.engine, status=status,
-            reason=reason,
-            revision=self.source and self.source.revision, weights=self.source and self.source.weights,
-            prompt=self.workload.prompt, prompt_length=self.workload.prompt_tokens, depth=self.workload.depth,
-            cache=self.workload.cache, batch_size=self.workload.batch_size, max_new_tokens=self.workload.max_new_tokens,
-            machine=self.planned_on, versions=self.versions)
+            reason=reason, revision=self.source and self.source.revision, weights=self.source and self.source.weights,
+            machine=self.planned_on, versions=self.versions, prompt_length=self.workload.prompt_tokens, **asked)
 
     @cached_property
     def key(self) -> tuple:
-        """Of its row."""
         return self.row("failed", None).key
 
     @property
@@ -63,15 +58,14 @@ def plan(models: object, settings: object, engines: object, workloads: list[Work
     """Every cell once, in groups of one model and workload: what is compared stands together. Raises ValueError for a
     mistake in an argument, before anything is loaded."""
     names = dict.fromkeys(check_name(one, weights) for one in many("models", models))
-    engines = dict.fromkeys(one for one in many("engines", engines) if find_engine(one))
     if isinstance(settings, str) and settings == "all":
         settings = [key for key, row in SETTINGS.items() if row.quantisation not in FILES_OWN and not why_not(row)]
     asked, facts = [find_setting(key) for key in many("settings", settings)], machine.facts()
     numbers = [one if one == "all" else whole("gpus", one) for one in many("gpus", gpus)]
     rows = [on_gpus(row, number, facts) for row in asked
             for number in (numbers if row.device == "cuda" and not row.offload else [1])]
-    reasons = {row: why_not(row) for row in rows}
-    cells = []
+    reasons, cells = {row: why_not(row) for row in rows}, []
+    engines = {one: find_engine(one) for one in many("engines", engines)}
     for name in names:
         source = None if all(reasons.values()) else find(name, weights)
         for workload in dict.fromkeys(workloads):

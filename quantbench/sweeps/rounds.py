@@ -1,7 +1,5 @@
 """The rounds of one comparison: every cell of a model and workload takes one sample each, in random order."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 import threading

@@ -1,7 +1,5 @@
 """Many cells, in rounds: what is compared sees the same machine at the same time, and every failure is a row."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -68,10 +66,10 @@ def _by_model(cells: list[Cell], *how: object) -> Iterator[Measurement]:
 def _measured(count: int, measure: Callable, known: dict[tuple, Measurement], run: Run,
               progress: bool | std_tqdm) -> Iterator[Measurement]:
     with contextlib.nullcontext(progress) if isinstance(progress, std_tqdm) else \
-            tqdm(total=count, unit="cell", disable=not (progress and count)) as bar:
+            tqdm(total=count, unit="cell", disable=not (progress and count)) as bar, \
+            contextlib.closing(measure(bar.set_description)) as rows:
         bar.reset(count)
-        with contextlib.closing(measure(bar.set_description)) as rows:
-            for row in rows:
-                row = run.add(joined(known.get(row.key), row))
-                bar.update()
-                yield row
+        for row in rows:
+            row = run.add(joined(known.get(row.key), row))
+            bar.update()
+            yield row

@@ -1,9 +1,6 @@
 """A model's cells as one job for a worker of somebody else: of an executor, or of a Dask cluster."""
 
-from __future__ import annotations
-
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -40,8 +37,7 @@ class Jobs:
         lives = [self._serve(worker, told, models) for worker, told in (offer or workers).items()]
         while lives and not self.stop.is_set():
             for life in list(lives):
-                rows = next(life, None)
-                if rows is None:
+                if (rows := next(life, None)) is None:
                     lives.remove(life)
                 yield from rows or ()
             time.sleep(LOOK_S)
@@ -100,4 +96,4 @@ class Jobs:
 def measure_here(cells: list[Cell], trace: bool) -> list[Measurement]:
     """All rounds of a model's cells, in this process; nothing stays loaded."""
     with _alone:
-        return list(Rounds(cells, True, math.inf, trace, threading.Event()).measure())
+        return list(Rounds(cells, True, float("inf"), trace, threading.Event()).measure())
