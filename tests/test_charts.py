@@ -35,6 +35,12 @@ def test_every_setting_and_model_is_on_it_and_pyplot_holds_nothing(plot):
     assert "DistilGPT-2" in texts(figure) and "Tesla T4" in texts(figure) and not plt.get_fignums()
 
 
+def test_weights_in_the_hosts_memory_are_no_part_of_vram():
+    offloaded = dataclasses.replace(RUN[1], setting="gpu-fp16-offload", weights_bytes=4 * 10**8, vram_peak_bytes=10**8)
+    drawn = texts(CHARTS["vram"].plot([offloaded]))
+    assert "0.100" in drawn and "0.400" not in drawn
+
+
 def test_an_interval_is_drawn_where_there_are_six_samples_and_said():
     plot = CHARTS["throughput"].plot
     assert {40.0, 50.0} <= lines(plot(RUN[:2])) and "95% interval" in texts(plot(RUN[:2]))
