@@ -225,6 +225,7 @@ def _experts_used(config: object) -> float:
                   if (found := getattr(text, name, None))), None)
     used = next((found for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k")
                  if isinstance(found := getattr(text, name, None), int)), None)
+    every = max(every) if isinstance(every, (list, tuple)) else every  # a number for each kind of expert
     return min(used / every, 1.0) if every and used else 1.0
 
 

@@ -31,12 +31,10 @@ class Cell:
 
     def row(self, status: str, reason: str | None) -> Measurement:
         """The measurement of a cell that gave no samples."""
-        asked = {name: getattr(self.workload, name) for name in (
-            "prompt", "depth", "cache", "batch_size", "max_new_tokens")}
         return Measurement(
-            model=self.model, setting=self.setting.key, gpus=self.setting.gpus, engine=self.engine, status=status,
-            reason=reason, revision=self.source and self.source.revision, weights=self.source and self.source.weights,
-            machine=self.planned_on, versions=self.versions, prompt_length=self.workload.prompt_tokens, **asked)
+            **self.workload.asked(self.model, self.setting, self.engine), status=status, reason=reason,
+            revision=self.source and self.source.revision, weights=self.source and self.source.weights,
+            machine=self.planned_on, versions=self.versions)
 
     @cached_property
     def key(self) -> tuple:
