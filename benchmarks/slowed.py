@@ -3,8 +3,6 @@
 A module of its own: what measures unpickles the setting in another process, imports this file there, and so slows it.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 
@@ -27,14 +25,21 @@ class Waiting(Quantiser):
 
     def apply(self, model: nn.Module, setting: Setting) -> None:
         if wait_s := getattr(setting, "wait_s", 0.0):
-            wait = _on_gpu(wait_s) if setting.device == "cuda" else lambda: _spin(wait_s)
-            model.register_forward_pre_hook(lambda *_: wait())
+            if setting.device == "cuda":
+                wait = _on_gpu(wait_s)
+                model.register_forward_pre_hook(lambda *_: wait())
+            else:
+                model.register_forward_pre_hook(lambda _, args, asked: (args, asked | {
+                    "input_ids": wait_for(asked["input_ids"], wait_s)}), with_kwargs=True)
 
 
-def _spin(seconds: float) -> None:
+@torch.library.custom_op("quantbench::wait_for", mutates_args=())
+def wait_for(ids: torch.Tensor, seconds: float) -> torch.Tensor:
+    """The ids, later: an operator, so that a captured step holds it too."""
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
         pass
+    return ids.clone()
 
 
 def _on_gpu(seconds: float):
