@@ -53,8 +53,7 @@ class Chart(NamedTuple):
 
     def bar(self, cell: Cell) -> Bar:
         value, interval, inside = (getattr(cell.row, name, None) for name in (self.value, self.interval, self.inside))
-        if None not in (value, inside) and inside > value:  # offloaded: the weights are in the host's memory
-            inside = None
+        inside = None if None not in (value, inside) and inside > value else inside  # offloaded: it lies elsewhere
         text = " of ".join(f"{one:.{DECIMALS[self.value]}f}" for one in (inside, value) if one is not None)
         text += " noisy" * (cell.row.noisy and bool(self.interval)) + f", {cell.workload}" * self.together
         return Bar(cell, inside if value is None else value, text, interval, inside)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 from scipy.stats import binom
@@ -11,12 +12,13 @@ LEAST = 6  # samples, or rounds, of the smallest interval that covers a median 9
 # What two processes of one cell differ by for good, where their memory came to lie: rounds cannot average it away. A/A
 # on an H100, 24 pairs of a captured step: medians 0.992 to 1.008 with intervals of 0.3% (docs/lab-notes.md).
 PROCESSES = 0.02
+_place = cache(lambda samples: int(binom.ppf(0.025, samples, 0.5)) if samples else 0)  # asked of every row
 
 
 def median_interval(samples: Sequence[float]) -> Interval | None:
     """The narrowest pair of order statistics that holds the median with at least 95% (the sign test's interval:
     David & Nagaraja, Order Statistics, 2003, 7.1): of 6 samples their range, at 96.9%. None below 6 samples."""
-    ordered, place = sorted(samples), int(binom.ppf(0.025, len(samples), 0.5)) if len(samples) else 0
+    ordered, place = sorted(samples), _place(len(samples))
     return (ordered[place - 1], ordered[-place]) if place else None
 
 

@@ -43,9 +43,8 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     expect(lm, LoadedModel, "generate takes what qb.load returns")
     workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s, prompt_tokens, depth, cache)
     cell = Timed(lm, workload, engine, clock)
-    title = f"{lm.name} · {lm.setting.label} · {workload.max_new_tokens} tokens"
-    most = workload.repeats or REPEATS[1]
-    with tqdm(total=most, desc=title, unit="repeat", leave=False, disable=not progress) as bar:
+    told = f"{lm.name} · {lm.setting.label} · {workload.max_new_tokens} tokens"
+    with tqdm(total=workload.repeats or REPEATS[1], desc=told, unit="repeat", leave=False, disable=not progress) as bar:
         while not cell.ended and not cell.enough():
             cell.sample()
             bar.update()
