@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import quantbench as qb
@@ -25,6 +25,7 @@ STUDENT = "gpt2"  # the model whose speeds the front page says
 COSTS = {"Tokens/sec": 1, "VRAM (GB)": 3, "Weights (GB)": 3, "Top-1 agreement": 3, "Accuracy kept": 3}  # -> decimals
 
 
+@cache
 def published(folder: str = "") -> dict[str, qb.Run]:
     """The published runs of a folder by file: what notebooks 01 and 02 measure, or of FOLDERS; GPUs come first."""
     runs = {path.stem: qb.Run.read(path) for path in sorted((PUBLISHED / folder).glob("*.jsonl"))}
@@ -225,9 +226,9 @@ def beside(folder: str, title: str, name: str, *figures: str) -> list[str]:
     for figure in figures:
         ratios = qb.ratios(run, base, f"{figure}_tokens_per_s").reset_index(drop=True)
         caption = [f"{figure.title()} tokens/sec over {qb.SETTINGS[base].label}, eager", first(run).machine_name]
-        ratios = ratios[ratios["Rounds"] > 0].drop(columns="Model" if ratios["Model"].nunique() < 2 else [])
+        ratios = ratios[ratios["Rounds"] > 0].drop(columns="Model")  # none where all were measured apart
         told = Table(ratios, caption, decimals={"Ratio": 2, "Low": 2, "High": 2, "Rounds": 0})
-        parts.append(told.markdown())
+        parts += [told.markdown()] * bool(len(ratios))
     return [*parts, folded("Every row", qb.show(run).markdown())]
 
 
