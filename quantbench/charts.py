@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from quantbench.intervals import LEAST, Interval
-from quantbench.labels import Cell, cells, machine_of
+from quantbench.labels import Cell, able, cells, machine_of, not_here
 from quantbench.quantisers import QUANTISERS
 from quantbench.records import DECIMALS, FIGURES, Measurement
 from quantbench.settings import SETTINGS
@@ -22,7 +22,7 @@ MOST = 12  # bars in a panel
 _HUES = {  # one per width of the weights, told apart by colour-blind readers too, and a shade per setting within it
     "fp32": ("#0072B2", "#56B4E9", "#9CC9E8"), "16": ("#009E73", "#66C2A5", "#2F7D6B", "#A6D96A", "#4D9221", "#C5DDB0"),
     "int8": ("#D55E00", "#F0A04B", "#A65628", "#E6B422", "#C4391D", "#F2C9A1", "#7A3B10"),
-    "int4": ("#8E4585", "#C77CB5", "#5B3F8C", "#9A86C9", "#D6A8E0", "#3D2A5F", "#B5487E", "#6E2BB8")}
+    "int4": ("#8E4585", "#C77CB5", "#5B3F8C", "#9A86C9", "#D6A8E0", "#3D2A5F", "#B5487E", "#6E2BB8", "#A0369E")}
 
 
 class Bar(NamedTuple):
@@ -87,7 +87,7 @@ def facets(named: list[Cell], bar: Callable[[Cell], Bar], together: bool = False
     """A panel per model and workload (`together`: per model), the best setting first; `bar` draws a measured cell. What
     cannot run on this machine is left out: `not_here` says it."""
     panels: Panels = {}
-    for cell in [cell for cell in named if cell.row.status != "unavailable"] or named:
+    for cell in able(named):
         bars = panels.setdefault((cell.title, cell.title if together else f"{cell.title} · {cell.workload}"), {})
         bars.setdefault(cell.setting, []).append(bar(cell) if cell.measured else Bar(cell, None, cell.status))
 
@@ -107,13 +107,6 @@ def _split(panels: Panels) -> Panels:
         found |= {(model, f"{name} · {number} of {len(parts)}" if parts[1:] else name): part
                   for number, part in enumerate(parts, start=1)}
     return found
-
-
-def not_here(named: list[Cell]) -> str:
-    """The line under a chart: which settings this machine cannot run, and why."""
-    why = {cell.setting: cut(cell.row.reason or "", 120) for cell in named if cell.row.status == "unavailable"}
-    return "; ".join(f"Not here: {', '.join(setting for setting in why if why[setting] == reason)}: {reason}"
-                     for reason in dict.fromkeys(why.values()))
 
 
 def colour_of(key: str) -> str:

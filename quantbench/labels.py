@@ -72,6 +72,18 @@ def cells(run: Iterable[Measurement]) -> list[Cell]:
                                            cell.setting, *cell.row.work[:0:-1]))
 
 
+def able(named: list[Cell]) -> list[Cell]:
+    """Those that this machine can run; all where it can run none."""
+    return [cell for cell in named if cell.row.status != "unavailable"] or named
+
+
+def not_here(named: list[Cell]) -> str:
+    """The line under a chart or a table: which settings this machine cannot run, and why."""
+    why = {cell.setting: cut(cell.row.reason or "", 120) for cell in named if cell.row.status == "unavailable"}
+    return "; ".join(f"Not here: {', '.join(setting for setting in why if why[setting] == reason)}: {reason}"
+                     for reason in dict.fromkeys(why.values()))
+
+
 def machine_of(run: Iterable[Subject]) -> str:
     """The name of the one machine that all rows come from; raises ValueError naming them if there are several."""
     names = list(dict.fromkeys(plain(row.machine_name) or "a machine without a name" for row in run))

@@ -34,7 +34,7 @@ class LoadedModel(contextlib.AbstractContextManager):
     `model` is transformers' module, `audit` what was really quantised, `weights_bytes` its size with the
     quantisation state, `load_s` the seconds from local files to memory (downloads are not counted),
     `held_before_bytes` what the process held on the device before, `load_peak_bytes` the most above that while
-    loading. A context manager: leaving it calls `close`.
+    loading (`has_peak`: whether it can be told). A context manager: leaving it calls `close`.
     """
 
     def __init__(self, name: str, setting: Setting, status: str = "ok", reason: str | None = None) -> None:
@@ -42,7 +42,7 @@ class LoadedModel(contextlib.AbstractContextManager):
         self.status, self.reason = status, reason
         self.weights = self.revision = None
         self.model = self.tokenizer = self.audit = self.weights_bytes = None
-        self.load_s = self.load_peak_bytes = None
+        self.load_s = self.load_peak_bytes = self.has_peak = None
         self.held_before_bytes = self.held_after_bytes = self.device_before_bytes = None
 
     def encode(self, prompt: str, batch_size: int = 1) -> dict[str, torch.Tensor]:
@@ -159,14 +159,15 @@ def _load_timed(lm: LoadedModel, source: Source, folder: Path, config: Pretraine
     machine.release(lm.device)
     lm.held_before_bytes = machine.held_bytes(lm.device)
     lm.device_before_bytes = machine.device_bytes(lm.setting.gpus)
-    has_peak = machine.reset_peak(lm.device)
+    way = quantisers.find_quantiser(lm.setting.quantisation)
+    lm.has_peak = machine.reset_peak(lm.device) and (lm.device == "cpu" or way.by_torch)
     start = time.perf_counter()
-    others = quantisers.find_quantiser(lm.setting.quantisation).read(source, config, context_length(config))
+    others = way.read(source, config, lm.setting, context_length(config))
     lm.model = _greedy(others or _from_folder(folder, config, lm.setting))
     machine.synchronize(lm.device)
     lm.load_s = time.perf_counter() - start
     lm.held_after_bytes = machine.held_bytes(lm.device)
-    lm.load_peak_bytes = machine.peak_bytes(lm.device) - lm.held_before_bytes if has_peak else None
+    lm.load_peak_bytes = machine.peak_bytes(lm.device) - lm.held_before_bytes if lm.has_peak else None
 
 
 def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn.Module:

@@ -37,7 +37,7 @@ class Quantiser:
     takes_head = False  # the output head is quantised too
     stepwise = False  # a token's logits depend on what else is in the pass
     takes_folder = True  # of weights as safetensors
-    traced = True  # torch's profiler sees what it computes
+    by_torch = True  # whose profiler sees what it computes, and whose allocator what it holds
     bits: float | None = None  # of a quantised weight; None: the dtype's
     row_bytes = 0  # of the scales and zero points that a row of them shares
     rounding: float | None = None  # the step in which activations are rounded, of the largest; None: the dtype's
@@ -74,7 +74,7 @@ class Quantiser:
     def apply(self, model: nn.Module, setting: Setting) -> None:
         """Quantise a loaded model in place, for those that quantise afterwards."""
 
-    def read(self, source: Source, config: PretrainedConfig, room: int | None) -> nn.Module | None:
+    def read(self, source: Source, config: PretrainedConfig, setting: Setting, room: int | None) -> nn.Module | None:
         """A model that others than transformers run, for up to `room` tokens; None: transformers does."""
         return None
 

@@ -90,6 +90,7 @@ SETTINGS = Registry("setting", {row.key: row for row in (
     Setting("gpu-fp8-torchao", "GPU FP8 torchao", "cuda", "bfloat16", "torchao-fp8", linear=True),
     # a GGUF file by llama.cpp, and a checkpoint that is quantised itself, as it is
     Setting("cpu-gguf", "CPU GGUF llama.cpp", "cpu", "float32", "gguf"),
+    Setting("gpu-gguf", "GPU GGUF llama.cpp", "cuda", "float32", "gguf"),
     Setting("gpu-stored", "GPU as stored", "cuda", "auto", "stored"),
     Setting("cpu-stored", "CPU as stored", "cpu", "auto", "stored"))})
 find_setting = SETTINGS.find

@@ -116,12 +116,12 @@ class Timed:
     def _sample(self, round_name: str | None) -> None:
         self.engine.rewind()
         device, at, held = self.lm.device, time.time(), machine.held_bytes(self.lm.device)
-        has_peak = machine.reset_peak(device)
+        machine.reset_peak(device)
         cores, start_j = machine.cores_used(), machine.energy_j(device, self.lm.setting.gpus)
         seconds, self.output = self._timed(self.workload.max_new_tokens)
         end_j = machine.energy_j(device, self.lm.setting.gpus)
         busy, own, every = (after - before for before, after in zip(cores, machine.cores_used()))
-        if has_peak:
+        if self.lm.has_peak:
             self.peak_bytes = max(self.peak_bytes or 0, machine.peak_bytes(device) - held)
         if (gpus := self.lm.setting.gpus) > 1:
             self.facts |= {"gpu_peak_bytes": [torch.cuda.max_memory_allocated(gpu) for gpu in range(gpus)],
@@ -162,7 +162,7 @@ class Timed:
         peak = None if self.peak_bytes is None else max(own + self.peak_bytes, 0)
         if lm.device == "cpu":
             return {"ram_peak_bytes": peak}
-        reserved = sum(map(torch.cuda.memory_reserved, machine.used_gpus()))
+        reserved = sum(map(torch.cuda.memory_reserved, machine.used_gpus())) or None  # another library holds it
         return {"vram_peak_bytes": peak, "vram_reserved_bytes": reserved,
                 "vram_device_bytes": machine.device_bytes(lm.setting.gpus) - lm.device_before_bytes}
 

@@ -45,6 +45,11 @@ def listed(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
+def rounded(count: float) -> int:
+    """In two digits."""
+    return int(float(f"{count:.2g}"))
+
+
 def span(interval: Sequence[float], digits: str) -> str:
     """ "0.95–1.04", each end formatted with `digits`, such as ".2f"."""
     return f"{interval[0]:{digits}}–{interval[-1]:{digits}}"

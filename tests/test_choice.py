@@ -204,4 +204,10 @@ def test_a_model_is_measured_once_and_loads_as_it_was_audited(tiny_gpt2, monkeyp
     exec(load_line(row), told)
     loaded = inspection.audit(told["model"], 0)
     assert (loaded["details"], loaded["bytes"]) == (row.audit["details"], row.audit["bytes"])
+    qb.choose(folder, **asked, engine=["eager", "graph"])
+    graphs = [row for row in run if row.engine == "graph"]
+    alone = qb.choose(graphs, keep=None)
+    assert alone.answer in (None, "cpu-fp32", "cpu-int4") and ("take CPU INT4" in alone.why[0]) == (alone.answer == "cpu-int4")
+    assert len(run) == 4 and {row.setting for row in graphs} == {"cpu-fp32", "cpu-int4"}
+    assert load_line(graphs[0]).endswith("engine='graph')") and "#" not in load_line(row)
     assert qb.choose(folder, ram_gb=1e-6, max_new_tokens=3, settings=["cpu-int4"], run=run).answer is None

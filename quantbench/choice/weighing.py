@@ -14,9 +14,9 @@ from quantbench.labels import Cell, cells, machine_of
 from quantbench.quantisers import QUANTISERS
 from quantbench.records import FIGURES, Measurement
 from quantbench.results import Run
-from quantbench.settings import MODELS, SETTINGS
+from quantbench.settings import BASELINES, MODELS, SETTINGS
 from quantbench.tables import RANDOM, Table
-from quantbench.wording import html_text, listed, span
+from quantbench.wording import html_text, listed, rounded, span
 
 SAME = 1.05  # times the speed, or the memory, of another: too little to decide between two that tie
 TAKE, SLOWER, TIE, OPEN, OUT = "take it", "slower", "tie", "not decided", "ruled out"  # verdicts
@@ -100,8 +100,8 @@ def judged(run: Run, asked: dict, work: dict, settings: list[str] | None, ruled_
     keys = [*(one.cell.row.setting for one in found), *ruled_out]
     ranked = pd.DataFrame(lines, keys, _COLUMNS).astype(dict.fromkeys(_DECIMALS, float)).replace(inf, nan)
     unread = [one.cell.row.setting for one, (kind, _) in zip(found, told) if UNREAD in one.doubts and kind == OPEN]
-    base = next((one for one in found if one.ratio is None and one.cell.measured), None)
-    why = _why(named, best, base, ranked)
+    bases = [one for one in found if one.ratio is None and one.cell.measured and one.cell.row.setting in BASELINES]
+    why = _why(named, best, next(iter(bases), None), ranked)
     return Choice(best and best.cell.row.setting, why, ranked, best and best.cell.row, unread)
 
 
@@ -136,12 +136,7 @@ def _needed(count: int, low: float, high: float, limit: float) -> str:
     """How many samples it would take until an interval of this middle ends at the limit: it shrinks with their root."""
     far = abs((low + high) / 2 - limit)
     times = ((high - low) / 2 / far) ** 2 if far else inf
-    return f"about {_rounded(ceil(count * times)):,} would tell" if times < MANY else "too near the limit to tell"
-
-
-def _rounded(count: float) -> int:
-    """In two digits."""
-    return int(float(f"{count:.2g}"))
+    return f"about {rounded(ceil(count * times)):,} would tell" if times < MANY else "too near the limit to tell"
 
 
 def _quantised(row: Measurement) -> bool:
@@ -187,13 +182,13 @@ def _why(named: list[Cell], best: Candidate | None, base: Candidate | None, rank
             figures.append(f"{best.ratio.value:.2f} ({span(best.ratio.interval, '.2f')}) × baseline")
         if best.read and best.read.accuracy_kept:
             figures.append(f"{best.read.accuracy_kept:.1%} of the accuracy")
-        answer = f"{'take' if best.ratio else 'keep'} {best.cell.setting} ({listed(figures)})"
+        answer = f"{'keep' if best is base else 'take'} {best.cell.setting} ({listed(figures)})"
     start = f"{named[0].title} at {named[0].workload}" if named else "Nothing is measured"
     said |= {"quality": f"not known, {RANDOM}"} if named and named[0].random else {}
     why = Findings([f"{start}: {answer}.", *(f"{kind.capitalize()}: {text}." for kind, text in said.items())])
     once = [one and one.cell.row.once_s for one in (best, base)]
     if None not in once and (more := once[0] - once[1]) > 0 and best.seconds < base.seconds:
-        tokens = _rounded(more / (base.seconds - best.seconds))
+        tokens = rounded(more / (base.seconds - best.seconds))
         why.append(f"First answers: {best.cell.setting} needs {once[0]:.1f} s once, {more:.1f} s more than "
                    f"{base.cell.setting}: made up after about {tokens:,} tokens.")
     return why
@@ -212,4 +207,5 @@ def load_line(row: Measurement) -> str:
         inside = [f"{key}={value!r}" for key, value in made.to_diff_dict().items() if not key.startswith("_")]
         asked.append(f"quantization_config={names[-1]}({', '.join(inside)})")
     called = ",\n    ".join([repr(known.hub if known else row.model), *asked])
-    return f"from transformers import {', '.join(names)}\nmodel = {names[0]}.from_pretrained(\n    {called})"
+    how = f"\n# measured by qb.generate(..., engine={row.engine!r})" * (row.engine != "eager")
+    return f"from transformers import {', '.join(names)}\nmodel = {names[0]}.from_pretrained(\n    {called}){how}"

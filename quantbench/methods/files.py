@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Gguf(Quantiser):
     """Whatever types the file holds: the audit tells them. One sequence at a time, as generation reads it."""
 
-    hue, stepwise, takes_folder, traced = "int4", True, False, False
+    hue, stepwise, takes_folder, by_torch = "int4", True, False, False
     bits = 4.5  # of the usual 4-bit types; the file alone knows
 
     def why_not(self, setting: Setting, facts: dict) -> str | None:
@@ -27,11 +27,15 @@ class Gguf(Quantiser):
             "llama-cpp-python is not installed: pip install quantbench[llamacpp]"
 
     def why_not_checkpoint(self, own: object, setting: Setting, source: Source) -> str | None:
+        if source.gguf and setting.device == "cuda":
+            import llama_cpp
+            if not llama_cpp.llama_supports_gpu_offload():
+                return "llama-cpp-python was compiled without CUDA: CMAKE_ARGS=-DGGML_CUDA=on"
         return None if source.gguf else f"there is no GGUF file of {source.name}: give the path of one"
 
-    def read(self, source: Source, config: PretrainedConfig, room: int | None) -> nn.Module | None:
+    def read(self, source: Source, config: PretrainedConfig, setting: Setting, room: int | None) -> nn.Module | None:
         from quantbench.methods.llamacpp import ROOM, LlamaCpp
-        return LlamaCpp(source.gguf, config, room or ROOM)
+        return LlamaCpp(source.gguf, config, setting.device == "cuda", room or ROOM)
 
     def owns(self, module: nn.Module) -> bool:
         return hasattr(module, "gguf_type")

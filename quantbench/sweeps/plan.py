@@ -101,5 +101,5 @@ def _lacks(cell: Cell, known: dict[tuple, Measurement], retry: bool, trace: bool
     row, rounds = known.get(cell.key), cell.workload.repeats or LEAST
     if row is None or row.status != "ok":
         return rounds if row is None or retry else 0
-    untraced = trace and row.trace is None and find_quantiser(cell.setting.quantisation).traced
+    untraced = trace and row.trace is None and find_quantiser(cell.setting.quantisation).by_torch
     return max(rounds - len(row.rounds), int(untraced))

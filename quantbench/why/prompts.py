@@ -13,7 +13,7 @@ from quantbench.intervals import median_interval
 from quantbench.labels import Cell, cells, machine_of
 from quantbench.records import FIGURES, Measurement
 from quantbench.tables import view
-from quantbench.wording import listed
+from quantbench.wording import listed, rounded
 
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
 Groups = dict[tuple, dict[int, list[Cell]]]  # (model, what is shared) -> prompt tokens -> cells
@@ -119,7 +119,7 @@ def _crossing(last: tuple[list[Cell], int], winners: list[Cell], lengths: dict[i
 
     start, end = longer_s(before), longer_s(after)
     place = before + (after - before) * (min(max(start / (start - end), 0), 1) if start > end else 0)
-    return int(float(f"{place:.2g}"))
+    return rounded(place)
 
 
 def _draw_rate(ax: plt.Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:

@@ -42,7 +42,7 @@ def trace(lm: LoadedModel, row: Measurement) -> Measurement:
     expect(lm, LoadedModel, "trace takes what qb.load returns")
     if (expect(row, Measurement, "trace takes a row").model, row.setting) != (lm.name, lm.setting.key):
         raise ValueError(f"trace takes a row of {lm!r}, not of {row.model} · {row.setting_label}")
-    if row.status != "ok" or not find_quantiser(lm.setting.quantisation).traced:
+    if row.status != "ok" or not find_quantiser(lm.setting.quantisation).by_torch:
         return row
     asked = Workload(row.prompt, row.max_new_tokens, row.batch_size, prompt_tokens=row.prompt_length, depth=row.depth,
                      cache=row.cache)

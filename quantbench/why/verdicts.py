@@ -6,9 +6,9 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from quantbench.charts import Bar, checked, draw, facets, not_here
+from quantbench.charts import Bar, checked, draw, facets
 from quantbench.conclusions import Findings
-from quantbench.labels import Cell, cells, machine_of
+from quantbench.labels import Cell, cells, machine_of, not_here
 from quantbench.records import FIGURES, Measurement
 from quantbench.results import Run
 from quantbench.settings import expect
