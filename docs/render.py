@@ -104,28 +104,27 @@ def results() -> str:
     """A sentence on the speed of each machine, and one on quality, as bullets."""
     said = [f"**{markdown_text(first(run).machine_name)}.** {speed(run.only(model=STUDENT))}"
             for run in published().values()]
-    return "\n".join(f"- {sentence}" for sentence in [*said, *libraries(), *kept()])
+    return "\n".join(f"- {sentence}" for sentence in [*said, library(next(iter(published("methods")))), *kept()])
 
 
-def libraries() -> list[str]:
+def library(name: str) -> str:
     """Per engine, how fast ways of quantising decode beside the unquantised setting in the same engine, by rounds; and
     from which length of the prompt on another one answers first."""
-    said, prompts = [], published("prompts")
-    for name, run in published("methods").items():
-        named = [cell for cell in cells(run) if cell.measured]
-        for engine in dict.fromkeys(cell.row.engine for cell in named):
-            base, *others = sorted((cell for cell in named if cell.row.engine == engine),
-                                   key=lambda cell: QUANTISERS[qb.SETTINGS[cell.row.setting].quantisation] is not
-                                   QUANTISERS["none"])
-            ratios = [(cell.row.setting_label, compared(cell, base, "decode_tokens_per_s")) for cell in others]
-            told = listed([f"{name} {one.value:.2f} ({span(one.interval, '.2f')})" for name, one in ratios])
-            said.append(f"{told} times {base.row.setting_label} in {engine}")
-        said = [f"**Which library.** {markdown_text(f'{named[0].title}, decode on {first(run).machine_name}')}: "
-                f"{markdown_text('; '.join(said))}."]
-        if name in prompts:
-            where, found = qb.prompt_findings(prompts[name])[0].split(": ", 1)
-            on = f"{where.split(', ', 1)[1]}, {prompts[name][0].max_new_tokens} new tokens"
-            said[0] += " " + markdown_text(f"Prompt included ({on}): {found}")
+    run, prompts, rates = published("methods")[name], published("prompts"), []
+    named = [cell for cell in cells(run) if cell.measured]
+    for engine in dict.fromkeys(cell.row.engine for cell in named):
+        base, *others = sorted((cell for cell in named if cell.row.engine == engine),
+                               key=lambda cell: QUANTISERS[qb.SETTINGS[cell.row.setting].quantisation] is not
+                               QUANTISERS["none"])
+        ratios = [(cell.row.setting_label, compared(cell, base, "decode_tokens_per_s")) for cell in others]
+        told = listed([f"{label} {one.value:.2f} ({span(one.interval, '.2f')})" for label, one in ratios])
+        rates.append(f"{told} times {base.row.setting_label} in {engine}")
+    said = f"**Which library.** {markdown_text(f'{named[0].title}, decode on {first(run).machine_name}')}: " \
+           f"{markdown_text('; '.join(rates))}."
+    if name in prompts:
+        where, found = qb.prompt_findings(prompts[name])[0].split(": ", 1)
+        on = f"{where.split(', ', 1)[1]}, {prompts[name][0].max_new_tokens} new tokens"
+        said += " " + markdown_text(f"Prompt included ({on}): {found}")
     return said
 
 
@@ -222,7 +221,7 @@ def beside(folder: str, title: str, name: str, *figures: str) -> list[str]:
     if (run := published(folder).get(name)) is None:
         return []
     base = next(key for key in ("gpu-bf16", *BASELINES) if any(row.setting == key for row in run))
-    parts = [f"### {title}", made_by(f"{folder}/{name}.jsonl", run)]
+    parts = [f"### {title}", made_by(f"{folder}/{name}.jsonl", run)] + ([library(name)] if folder == "methods" else [])
     for figure in figures:
         ratios = qb.ratios(run, base, f"{figure}_tokens_per_s").reset_index(drop=True)
         caption = [f"{figure.title()} tokens/sec over {qb.SETTINGS[base].label}, eager", first(run).machine_name]

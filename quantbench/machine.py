@@ -16,7 +16,7 @@ import psutil
 import pynvml
 import torch
 
-PACKAGES = ("quantbench", "torch", "transformers", "accelerate", "bitsandbytes", "torchao")
+PACKAGES = ("quantbench", "torch", "transformers", "accelerate", "bitsandbytes", "torchao", "llama-cpp-python")
 IDLE_S = 0.25  # how long a machine is watched before it is measured
 THROTTLE = {  # nvmlClocksEventReasons: why a GPU runs below its clocks; the ones that make a number unfair
     0x04: "power cap", 0x08: "hardware slowdown", 0x20: "thermal, software", 0x40: "thermal, hardware",
