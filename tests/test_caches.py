@@ -1,5 +1,6 @@
 """The cache as an axis: the same text, bytes as computed by hand, at every depth; and where there is none, a sentence."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers.utils import is_hqq_available
 
 import quantbench as qb
 from quantbench.decode import Eager, inputs_of, new_cache, stepwise_logits
+from quantbench.inspection import held_in
 from quantbench.settings import CACHES, Workload
 from quantbench.sweeps.plan import plan
 from quantbench.timing import Timed
@@ -142,3 +144,19 @@ def test_whatever_its_heads_a_model_has_a_quantised_cache():
         with torch.no_grad():
             found = stepwise_logits(model, ids, 6, "quantized-4")
         assert found.isfinite().all() and isinstance(new_cache("quantized-4", config, 7), QuantizedCache)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: no allocator was asked")
+@pytest.mark.parametrize("cache", WAYS)
+def test_bytes_of_a_cache_are_the_allocators(tiny_llama, cache):
+    """What it is asked for: what it allocates is rounded up to blocks, by some percent."""
+    with qb.load(tiny_llama, "gpu-fp16") as lm:
+        work = Workload(batch_size=8, prompt_tokens=30, depth=8, max_new_tokens=4, cache=cache)
+        engine = Eager(lm, inputs_of(lm, work), 4, work.depth)
+        for _ in range(2):  # workspaces are taken in the first
+            engine.rewind()
+            engine(4)
+        told, before = held_in(engine.cache), torch.cuda.memory_stats()["requested_bytes.all.current"]
+        engine.cache = engine.inputs["past_key_values"] = None
+        gc.collect()
+        assert before - torch.cuda.memory_stats()["requested_bytes.all.current"] == pytest.approx(told, rel=0.02)
