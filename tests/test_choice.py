@@ -191,6 +191,16 @@ def test_quality_is_read_from_the_fastest_on_until_it_cannot_matter(monkeypatch)
     assert qb.choose("gpt2", run=run, keep=0.8).answer == "cpu-int4" and len(asked) == 2  # nothing is read twice
 
 
+def test_half_of_the_published_grid_gives_its_answer():
+    """Eager alone is what `choose` measures where it is not asked for more."""
+    file, = (path for path in qb.shipped() if path.stem.startswith("amd-epyc"))
+    every = qb.Run.read(file).only(model="smollm2-135m")
+    grid = [row for row in every if row.setting.startswith("cpu")]
+    half = [row for row in grid if row.engine == "eager"]
+    assert 2 * len(half) <= len(grid) == 14
+    assert qb.choose(every).answer == qb.choose(qb.Run([*half, *every.qualities])).answer == "cpu-int4-weights"
+
+
 def test_a_model_is_measured_once_and_loads_as_it_was_audited(tiny_gpt2, monkeypatch):
     monkeypatch.setattr(qb, "sweep", partial(qb.sweep, executor="inline", repeats=6, progress=False), raising=False)
     folder, run = str(checkpoint(find(tiny_gpt2))), qb.Run()
