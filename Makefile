@@ -32,7 +32,7 @@ bench: $(VENV)/ready
 	@ls -d $(OUT)/*
 
 test: $(VENV)/ready
-	$(BIN)/pytest -q -n 2 --dist loadfile -m "not alone and not models"
+	$(BIN)/pytest -q -n 3 --dist loadfile -m "not alone and not models"
 	$(BIN)/pytest -q -m alone
 
 test-models: $(VENV)/ready

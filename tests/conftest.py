@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 os.environ["QUANTBENCH_CACHE"] = os.environ.get("QUANTBENCH_TEST_CACHE", str(Path(__file__).parent.parent / "build/cache"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # two workers on two cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers, on few cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
 TINY = {

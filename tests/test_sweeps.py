@@ -169,6 +169,13 @@ def test_a_killed_child_costs_its_own_cell_only(tiny_gpt2):
     assert [len(row.rounds) for row in others] == [4, 4, 4]
 
 
+def test_every_process_is_there_before_a_model_is_loaded(tiny_gpt2):
+    """Spawned ones import for seconds: side by side."""
+    seen = []
+    assert len(list(qb.sweep(tiny_gpt2, BOTH, 3, repeats=1, progress=Bar(": loading", lambda: seen.append(len(children())))))) == 2
+    assert seen == [2]
+
+
 def test_a_hung_child_is_a_timeout_and_is_killed(tiny_gpt2):
     stopped = []
     bar = Bar(": round 2", lambda: (stopped.append(eldest()), stopped[0].suspend()))
@@ -334,7 +341,7 @@ def test_a_parent_that_ends_mid_sweep_leaves_no_orphan_and_resumes(tiny_gpt2, tm
 
 def test_a_child_that_runs_into_its_memory_limit_is_a_row_with_the_bytes_asked_for(tiny_gpt2, tmp_path):
     path = tmp_path / "run.jsonl"
-    out, error = start(tiny_gpt2, path, limit=8 * 10**9, batch=12 * 10**5, lengths=[3]).communicate(timeout=200)
+    out, error = start(tiny_gpt2, path, limit=5 * 10**9, batch=12 * 10**5, lengths=[3]).communicate(timeout=200)
     rows = list(qb.Run.read(path))
     assert [row.status for row in rows] == ["out_of_memory"] * 2, out + error
     assert all("bytes" in row.reason for row in rows)

@@ -1,5 +1,6 @@
 """The rounds of one comparison: every cell of a model and workload takes one sample each, in random order."""
 
+import contextlib
 import dataclasses
 import random
 import threading
@@ -49,6 +50,7 @@ class Rounds:
         together = _fit(able)
         try:
             yield from (cell.row("unavailable", cell.unavailable) for cell in self.cells if cell.unavailable)
+            self._start(able if together else [])
             for _, group in groupby(able, key=lambda cell: cell.workload):
                 yield from self._together(list(group), {}) if together else self._in_turn(list(group))
         except Stopped:
@@ -61,6 +63,18 @@ class Rounds:
         if cell.seat in self.desks:
             self.desks.pop(cell.seat).close()
 
+    def _start(self, cells: list[Cell]) -> None:
+        """Every process: those that are spawned import side by side, and are through with it before a load."""
+        for cell in cells:
+            with contextlib.suppress(ChildDied, EOFError, OSError):  # asking it will say so
+                self._seat(cell)
+        for cell in cells:
+            self._ask(cell, "starting", "close")
+
+    def _seat(self, cell: Cell) -> None:
+        if cell.seat not in self.desks:
+            self.desks[cell.seat] = Desk() if self.inline else Child(self.stop, cell.setting.device == "cuda")
+
     def _ask(self, cell: Cell, told: str, method: str, *args: object) -> object:
         """What the cell's desk answers: a Measurement is the cell's end."""
         if self.stop.is_set():
@@ -68,8 +82,7 @@ class Rounds:
         self.tell(f"{cell.title}: {told}")
         start, raised = time.monotonic(), ""
         try:
-            if cell.seat not in self.desks:
-                self.desks[cell.seat] = Desk() if self.inline else Child(self.stop, cell.setting.device == "cuda")
+            self._seat(cell)
             left_s = self.timeout_s - self.spent_s[cell]
             answer, raised = self.desks[cell.seat].ask(method, *args, timeout_s=left_s)
         except TimeoutError:
