@@ -80,8 +80,8 @@ def able(named: list[Cell]) -> list[Cell]:
 def not_here(named: list[Cell]) -> str:
     """The line under a chart or a table: which settings this machine cannot run, and why."""
     why = {cell.setting: cut(cell.row.reason or "", 120) for cell in named if cell.row.status == "unavailable"}
-    return "; ".join(f"Not here: {', '.join(setting for setting in why if why[setting] == reason)}: {reason}"
-                     for reason in dict.fromkeys(why.values()))
+    return "Not here: " * bool(why) + "; ".join(f"{', '.join(one for one in why if why[one] == reason)}: {reason}"
+                                                for reason in dict.fromkeys(why.values()))
 
 
 def machine_of(run: Iterable[Subject]) -> str:

@@ -70,6 +70,7 @@ class Rounds:
                 self._seat(cell)
         for cell in cells:
             self._ask(cell, "starting", "close")
+        self.spent_s.clear()  # that was no cell's time
 
     def _seat(self, cell: Cell) -> None:
         if cell.seat not in self.desks:
