@@ -24,6 +24,7 @@ from quantbench.tokens import StandInTokenizer, context_length, read_tokenizer, 
 from quantbench.weights import Source, check_keys, check_name, checkpoint, config_of, find
 from quantbench.wording import cut
 
+PAGE = 4096  # bytes
 LEFT_BEHIND = 2**20  # bytes that may stay allocated after close before it is worth a warning
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else: a missing optional CPU kernel, at every load
 
@@ -188,6 +189,9 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
         if setting.linear:
             conv1d_to_linear(model)
         way.apply(model, setting)
+    for one in model.parameters():  # else a file's pages come in later, and are missing from what was held at load
+        if one.device.type == "cpu" and not hasattr(one, "__tensor_flatten__"):
+            torch.empty(0, dtype=torch.uint8).set_(one.untyped_storage())[::PAGE].sum()
     return model
 
 

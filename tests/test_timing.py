@@ -193,6 +193,14 @@ def test_the_resident_peak_is_what_generate_allocates_whoever_else_is_in_the_pro
     assert 195e6 < after - before < 260e6 and beside - before < 60e6
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak to read here")
+def test_every_row_of_a_model_holds_its_weights():
+    """A file's pages come in when they are first read: at load, not in one of the generations."""
+    with qb.load("distilgpt2", "cpu-fp32", weights="random") as lm:
+        rows = [measured(lm, 2, repeats=1, engine=engine) for engine in ("eager", "eager", "graph")]
+    assert all(row.ram_peak_bytes > 0.95 * row.weights_bytes for row in rows)
+
+
 def _touch_200_mb(*_: object) -> None:
     torch.ones(50_000_000)
 
