@@ -1,5 +1,6 @@
 """Ways of quantising in a room of their own: what is quantised is proved, what cannot run is a reason in a row."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from quantbench.inspection import on_meta, weights_estimate
 from quantbench.methods import cpu_packed, torchao
 from quantbench.methods.packed import Int4Groups, Int8Rows
 from quantbench.settings import SETTINGS, Setting
+from tests.conftest import TINY
 
 GPU = {"gpu": "a GPU", "gpu_capability": [9, 0]}
 TORCHAO = [key for key, row in SETTINGS.items() if row.quantisation.startswith("torchao-")]
@@ -70,6 +72,12 @@ def test_what_was_left_is_refused(tiny_gpt2, tiny_llama, monkeypatch):
     monkeypatch.setattr(cpu_packed.GroupInt4, "group", 128)  # which its inputs of 64 are no multiple of
     with pytest.raises(qb.AuditError, match="2 modules were quantised, but 12 Linear were left"):
         qb.load(tiny_llama, "cpu-int4-weights")
+
+
+def test_rows_that_the_int8_kernel_would_read_past_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY["llama"] | {"intermediate_size": 100}))
+    with pytest.raises(qb.AuditError, match="13 modules were quantised, but 2 Linear were left"):
+        qb.load(tmp_path, "cpu-int8-weights")
 
 
 # ---- torchao ----
