@@ -20,24 +20,25 @@ PACKAGES = ("quantbench", "torch", "transformers", "accelerate", "bitsandbytes",
 IDLE_S = 0.25  # how long a machine is watched before it is measured
 THROTTLE = {  # nvmlClocksEventReasons: why a GPU runs below its clocks; the ones that make a number unfair
     0x04: "power cap", 0x08: "hardware slowdown", 0x20: "thermal, software", 0x40: "thermal, hardware",
-    0x80: "power brake",
-}
+    0x80: "power brake"}
+
+
+def facts() -> dict:
+    """What this machine is: CPU, cores, RAM and, where there is one, the GPU. Plain JSON, no changing readings."""
+    return _hardware() | {"torch_threads": torch.get_num_threads()}  # which a person may set at any time
 
 
 @functools.cache
-def facts() -> dict:
-    """What this machine is: CPU, cores, RAM and, where there is one, the GPU. Plain JSON, no changing readings."""
+def _hardware() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = group_limits()
     found = {
         "cpu": _cpu_name(),
         "cores": math.ceil(min(cores, allowed["cores"])),
-        "torch_threads": torch.get_num_threads(),
         "ram_bytes": min(psutil.virtual_memory().total, allowed["bytes"]),
         "os": f"{platform.system()} {platform.machine()}",
         "gpu_visible": os.environ.get("CUDA_VISIBLE_DEVICES"),  # where set: which GPUs, or parts (MIG)
-        "dynamic_int8": bool({"x86", "fbgemm", "qnnpack"} & set(torch.backends.quantized.supported_engines)),
-    }
+        "dynamic_int8": bool({"x86", "fbgemm", "qnnpack"} & set(torch.backends.quantized.supported_engines))}
     if not torch.cuda.is_available():
         return found
     gpu, limit = torch.cuda.get_device_properties(0), _nvml(pynvml.nvmlDeviceGetEnforcedPowerLimit)
@@ -45,8 +46,7 @@ def facts() -> dict:
         "gpu": gpu.name, "gpu_count": torch.cuda.device_count(), "gpu_bytes": gpu.total_memory,
         "gpu_capability": [gpu.major, gpu.minor], "gpu_multiprocessors": gpu.multi_processor_count,
         "cuda": torch.version.cuda, "gpu_power_limit_w": limit and limit / 1000,
-        "driver": _nvml(lambda _: pynvml.nvmlSystemGetDriverVersion()),
-    }
+        "driver": _nvml(lambda _: pynvml.nvmlSystemGetDriverVersion())}
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pynvml
 import pytest
+import torch
 
 from quantbench import machine
 from quantbench.records import Measurement
@@ -59,9 +60,18 @@ def test_limits_are_in_the_facts_and_in_what_is_free(monkeypatch, tmp_path):
     assert set(machine.group_limits(tmp_path).values()) == {math.inf}  # no such system
     monkeypatch.setattr(machine, "group_limits", lambda: {"bytes": 5 * 10**7, "free": 10**7, "cores": 0.5})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    found = machine.facts.__wrapped__()
+    found = machine._hardware.__wrapped__()
     assert (found["ram_bytes"], found["cores"], machine.free_bytes("cpu")) == (5 * 10**7, 1, 10**7)
     assert Measurement(model="m", setting="cpu-fp32", max_new_tokens=1, machine=found).machine["gpu_visible"] == ""
+
+
+def test_threads_are_those_of_now():
+    before = machine.facts()["torch_threads"]
+    try:
+        torch.set_num_threads(before + 1)
+        assert machine.facts()["torch_threads"] == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("tracked", [True, False])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import quantbench as qb
 from quantbench import machine
@@ -205,6 +206,18 @@ def test_a_child_has_its_parents_environment_of_now(tiny_gpt2, monkeypatch, tmp_
         monkeypatch.setenv("QUANTBENCH_CACHE", str(tmp_path / name))
         list(qb.sweep(tiny_gpt2, "cpu-fp32", 3, **SHORT))
         assert list((tmp_path / name).iterdir())
+
+
+def test_a_child_has_its_parents_threads_of_now_and_a_second_sweep_finds_its_rows(tiny_gpt2):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, before + 1):
+            torch.set_num_threads(threads)
+            how = SHORT | {"run": qb.Run()}
+            row, = qb.sweep(tiny_gpt2, "cpu-fp32", 3, **how)
+            assert row.machine["torch_threads"] == threads and not list(qb.sweep(tiny_gpt2, "cpu-fp32", 3, **how))
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- failures of one cell ----

@@ -22,8 +22,7 @@ from quantbench.sweeps.plan import Cell
 from quantbench.timing import Timed
 from quantbench.wording import cut
 
-# what the first load and generate would import, and what bitsandbytes would; not bitsandbytes itself, because it
-# asks CUDA at import, and a process forked after that cannot use CUDA
+# what the first load and generate would import; not bitsandbytes: it asks CUDA at import, and no fork can then
 PRELOAD = [__name__, "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"]
 LOOK_S = 0.2  # between two looks at `stop`, while a child measures
 _how = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -86,8 +85,8 @@ class Desk:
 
 class Child:
     """A `Desk` in a process forked from a server that has torch and transformers imported (the first one needs seconds
-    for that), with the parent's environment of now. Where there is no such server (Windows), or where a package has
-    asked CUDA in it (any may, at import), the process is spawned."""
+    for that), with the parent's environment and threads of now. Where there is no such server (Windows), or a package
+    has asked CUDA in it (any may, at import), the process is spawned."""
 
     def __init__(self, stop: threading.Event, needs_cuda: bool) -> None:
         global _how
@@ -127,7 +126,7 @@ class Child:
         if _how == "forkserver":
             context.set_forkserver_preload(PRELOAD)
         self.pipe, theirs = context.Pipe()
-        asked = theirs, dict(os.environ), multiprocessing.util.get_temp_dir()
+        asked = theirs, dict(os.environ), torch.get_num_threads(), multiprocessing.util.get_temp_dir()
         self.process = context.Process(target=_serve, args=asked, daemon=True)
         main = sys.modules["__main__"]  # the caller's script, which is not to be run again: no job of ours lives there
         with mock.patch.multiple(main, create=True, __file__=None, __spec__=None):
@@ -142,10 +141,11 @@ def _death(exitcode: int) -> str:
     return f"the process was killed by {name}" + ", as the system does when memory runs out" * (name == "SIGKILL")
 
 
-def _serve(pipe: multiprocessing.connection.Connection, environment: dict[str, str], folder: str) -> None:
+def _serve(pipe: multiprocessing.connection.Connection, environment: dict[str, str], threads: int, folder: str) -> None:
     """The child's life, until its parent is gone. `folder` is the parent's, of its fork server's socket."""
     os.environ.clear()
     os.environ.update(environment)
+    torch.set_num_threads(threads)  # the parent's, which the cell's key has
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     threading.Thread(target=_die_with_parent, args=[folder], daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, and a killed child would leave it
