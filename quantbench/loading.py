@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import mmap
 import os
 import time
 import warnings
@@ -24,7 +25,6 @@ from quantbench.tokens import StandInTokenizer, context_length, read_tokenizer, 
 from quantbench.weights import Source, check_keys, check_name, checkpoint, config_of, find
 from quantbench.wording import cut
 
-PAGE = 4096  # bytes
 LEFT_BEHIND = 2**20  # bytes that may stay allocated after close before it is worth a warning
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else: a missing optional CPU kernel, at every load
 
@@ -35,7 +35,7 @@ class LoadedModel(contextlib.AbstractContextManager):
     `model` is transformers' module, `audit` what was really quantised, `weights_bytes` its size with the
     quantisation state, `load_s` the seconds from local files to memory (downloads are not counted),
     `held_before_bytes` what the process held on the device before, `load_peak_bytes` the most above that while
-    loading (`has_peak`: whether it can be told). A context manager: leaving it calls `close`.
+    loading (None: it cannot be told). A context manager: leaving it calls `close`.
     """
 
     def __init__(self, name: str, setting: Setting, status: str = "ok", reason: str | None = None) -> None:
@@ -43,7 +43,7 @@ class LoadedModel(contextlib.AbstractContextManager):
         self.status, self.reason = status, reason
         self.weights = self.revision = None
         self.model = self.tokenizer = self.audit = self.weights_bytes = None
-        self.load_s = self.load_peak_bytes = self.has_peak = None
+        self.load_s = self.load_peak_bytes = None
         self.held_before_bytes = self.held_after_bytes = self.device_before_bytes = None
 
     def encode(self, prompt: str, batch_size: int = 1) -> dict[str, torch.Tensor]:
@@ -161,14 +161,14 @@ def _load_timed(lm: LoadedModel, source: Source, folder: Path, config: Pretraine
     lm.held_before_bytes = machine.held_bytes(lm.device)
     lm.device_before_bytes = machine.device_bytes(lm.setting.gpus)
     way = quantisers.find_quantiser(lm.setting.quantisation)
-    lm.has_peak = machine.reset_peak(lm.device) and (lm.device == "cpu" or way.by_torch)
+    has_peak = machine.reset_peak(lm.device) and (lm.device == "cpu" or way.by_torch)
     start = time.perf_counter()
     others = way.read(source, config, lm.setting, context_length(config))
     lm.model = _greedy(others or _from_folder(folder, config, lm.setting))
     machine.synchronize(lm.device)
     lm.load_s = time.perf_counter() - start
     lm.held_after_bytes = machine.held_bytes(lm.device)
-    lm.load_peak_bytes = machine.peak_bytes(lm.device) - lm.held_before_bytes if lm.has_peak else None
+    lm.load_peak_bytes = machine.peak_bytes(lm.device) - lm.held_before_bytes if has_peak else None
 
 
 def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn.Module:
@@ -191,7 +191,7 @@ def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn
         way.apply(model, setting)
     for one in model.parameters():  # else a file's pages come in later, and are missing from what was held at load
         if one.device.type == "cpu" and not hasattr(one, "__tensor_flatten__"):
-            torch.empty(0, dtype=torch.uint8).set_(one.untyped_storage())[::PAGE].sum()
+            torch.empty(0, dtype=torch.uint8).set_(one.untyped_storage())[::mmap.PAGESIZE].sum()
     return model
 
 

@@ -145,7 +145,7 @@ def _record(cell: Cell) -> dict:
 def _shown(named: list[Cell]) -> Table:
     """The cells of one model on one machine, without what the caption or another column says; those that cannot run
     there are a line below."""
-    named, beyond = able(named), not_here(named) * (able(named) is not named)
+    every, named = named, able(named)
     frame, kinds = _frame(named), list(dict.fromkeys(cell.row.weights for cell in named if cell.row.weights))
     caption = [named[0].model, RANDOM if named[0].random else f"{listed(kinds)} weights" if kinds else "",
                frame["Machine"].iloc[0]]
@@ -155,4 +155,4 @@ def _shown(named: list[Cell]) -> Table:
         drop.add("Workload")
     few = any(cell.measured and cell.row.tokens_per_s_ci is None for cell in named)
     return Table(frame.assign(Status=[cut(text, 48) for text in frame["Status"]]).drop(columns=list(drop)),
-                 list(filter(None, caption)), " ".join(filter(None, [_LOOKS * few, beyond])))
+                 list(filter(None, caption)), f"{_LOOKS * few} {not_here(every) * (named is not every)}".strip())

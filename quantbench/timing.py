@@ -121,7 +121,7 @@ class Timed:
         seconds, self.output = self._timed(self.workload.max_new_tokens)
         end_j = machine.energy_j(device, self.lm.setting.gpus)
         busy, own, every = (after - before for before, after in zip(cores, machine.cores_used()))
-        if self.lm.has_peak:
+        if self.lm.load_peak_bytes is not None:  # else no peak of it can be told
             self.peak_bytes = max(self.peak_bytes or 0, machine.peak_bytes(device) - held)
         if (gpus := self.lm.setting.gpus) > 1:
             self.facts |= {"gpu_peak_bytes": [torch.cuda.max_memory_allocated(gpu) for gpu in range(gpus)],

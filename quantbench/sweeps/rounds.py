@@ -50,7 +50,7 @@ class Rounds:
         together = _fit(able)
         try:
             yield from (cell.row("unavailable", cell.unavailable) for cell in self.cells if cell.unavailable)
-            self._start(able if together else [])
+            self._start([*{cell.seat: cell for cell in able}.values()] if together else [])
             for _, group in groupby(able, key=lambda cell: cell.workload):
                 yield from self._together(list(group), {}) if together else self._in_turn(list(group))
         except Stopped:
@@ -64,7 +64,7 @@ class Rounds:
             self.desks.pop(cell.seat).close()
 
     def _start(self, cells: list[Cell]) -> None:
-        """Every process: those that are spawned import side by side, and are through with it before a load."""
+        """The process of each: those that are spawned import side by side, and are through with it before a load."""
         for cell in cells:
             with contextlib.suppress(ChildDied, EOFError, OSError):  # asking it will say so
                 self._seat(cell)
