@@ -1,13 +1,14 @@
 """Who makes the tokens: an engine generates greedily from one prompt, as often and as far as it is asked."""
 
 import copy
+import inspect
 import math
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Cache, PretrainedConfig, QuantizedCache, StaticCache
-from transformers.utils import is_hqq_available
+from transformers.utils import ModelOutput, is_hqq_available
 
 from quantbench import machine
 from quantbench.loading import LoadedModel
@@ -41,9 +42,8 @@ class Eager:
         self.model, self.filled = lm.model, inputs.get("past_key_values")
         self.inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         if depth:
-            with torch.no_grad():
-                self.filled = lm.model(input_ids=inputs["input_ids"][:, :depth], past_key_values=self.filled,
-                                       use_cache=True).get("past_key_values")
+            before = read(lm.model, inputs["input_ids"][:, :depth], past_key_values=self.filled)
+            self.filled = before.get("past_key_values")
             if self.filled is None:  # states of its own: Mamba
                 raise Unavailable(f"{type(lm.model).__name__} gives no KV cache to go on from: depth 0 alone")
 
@@ -101,9 +101,8 @@ def why_no_cache(name: str, model: nn.Module) -> str | None:
         return "a quantised cache needs hqq: pip install quantbench[cache]"
     try:  # what says that it can may be unable to: Falcon with ALiBi
         cache, ids = new_cache(name, model.config, 64), torch.zeros(1, 3, dtype=torch.long, device=model.device)
-        with torch.no_grad():
-            for some in ids.split([1, 2], dim=1):
-                model(input_ids=some, past_key_values=cache, use_cache=True)
+        for some in ids.split([1, 2], dim=1):
+            read(model, some, past_key_values=cache)
         return None if int(cache.get_seq_length()) == 3 else f"the model keeps nothing in a {name} cache"
     except Exception as error:  # each model's own code may raise anything
         if machine.out_of_memory(error) is not None:
@@ -111,12 +110,21 @@ def why_no_cache(name: str, model: nn.Module) -> str | None:
         return f"transformers cannot run it with a {name} cache: {cut(error, 80)}"
 
 
+@torch.no_grad()
+def read(model: nn.Module, ids: torch.Tensor, last: int = 1, use_cache: bool = True, **how: object) -> ModelOutput:
+    """One pass over `ids` [batch, tokens], with the logits of their `last` tokens alone where the model can leave the
+    others out (xLSTM cannot): of a whole depth they would be gigabytes."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        how["logits_to_keep"] = last
+    return model(input_ids=ids, use_cache=use_cache, **how)
+
+
 def stepwise_logits(model: nn.Module, ids: torch.Tensor, scored: int, cache: str = "default") -> torch.Tensor:
     """The logits [batch, scored, vocabulary] that predict the last `scored` tokens of `ids` [batch, tokens], taken as
     generation takes them: what comes before in one pass, these one by one with a KV cache, of CACHES."""
     held, logits = new_cache(cache, model.config, ids.shape[1]), []
     for part in (ids[:, :-scored], *ids[:, -scored:-1].split(1, dim=1)):
-        step = model(input_ids=part, past_key_values=held, use_cache=True)
+        step = read(model, part, past_key_values=held)
         held = step.past_key_values
         logits.append(step.logits[:, -1:])
     return torch.cat(logits, dim=1)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import logging
 import mmap
 import os
@@ -67,7 +66,6 @@ class LoadedModel(contextlib.AbstractContextManager):
             return
         before, alive = machine.held_bytes(self.device), weakref.ref(self.model)
         self.model = self.tokenizer = None
-        gc.collect()
         machine.release(self.device)
         own = self.held_after_bytes - self.held_before_bytes
         stays = self.device == "cuda" and before - machine.held_bytes(self.device) < own - LEFT_BEHIND
@@ -98,14 +96,9 @@ def load(model: str | os.PathLike, setting: str, weights: str | None = None, gpu
     of it.
     """
     row, name = on_gpus(find_setting(setting), gpus, machine.facts()), check_name(model, weights)
-    if reason := why_not(row):
+    if reason := quantisers.why_not(row, machine.facts()):
         return LoadedModel(name, row, "unavailable", reason)
     return load_source(find(name, weights), row)
-
-
-def why_not(setting: Setting) -> str | None:
-    """Why this machine cannot run `setting`, with the packages that are installed; None when it can."""
-    return quantisers.why_not(setting, machine.facts())
 
 
 def load_source(source: Source, setting: Setting) -> LoadedModel:
@@ -140,8 +133,7 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
                 raise
             raise ValueError(f"{source.name} does not load: {type(error).__name__}: {cut(error, 200)}") from error
         lm.status, lm.reason, lm.model = "out_of_memory", reason, None
-    if lm.status != "ok":  # not in the except clause: the traceback holds what was allocated
-        gc.collect()
+    if lm.status != "ok":
         machine.release(lm.device)
     return lm
 

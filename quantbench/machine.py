@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib.metadata
 import json
 import math
@@ -141,7 +142,9 @@ def peak_bytes(device: str) -> int:
 
 
 def release(device: str) -> None:
-    """Give freed memory back, cuBLAS's workspaces included, so that the next model starts clean."""
+    """Free what nothing holds and give it back, cuBLAS's workspaces included, so that the next model starts clean. Not
+    in an except clause: the traceback holds what was allocated."""
+    gc.collect()
     if device == "cuda":
         synchronize(device)
         torch._C._cuda_clearCublasWorkspaces()  # no public call; they are allocated through torch and stay counted

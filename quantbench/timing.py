@@ -1,6 +1,5 @@
 """Timed generation: one cell's samples, taken the way docs and README say they are."""
 
-import gc
 import time
 from collections.abc import Callable
 
@@ -101,7 +100,6 @@ class Timed:
         self.room = lm.audit["kv_bytes_per_token"] * (self.before + tokens - 1) * self.workload.batch_size
         needed = self.room * bits // (8 * lm.model.dtype.itemsize) if bits else self.room
         need_memory(needed, machine.free_bytes(lm.device, lm.setting.gpus), "the KV cache")
-        gc.collect()
         machine.release(lm.device)  # an engine of the call before may still hold its graph
         held, self.idle = machine.held_bytes(lm.device), machine.readings(lm.device, machine.IDLE_S)
         start = time.perf_counter()
@@ -175,6 +173,5 @@ class Timed:
                 raise
         self.ended = "unavailable" if refused else "out_of_memory", reason
         self.engine = self.output = None
-        gc.collect()  # not in the except clause: the traceback holds what was allocated
         machine.release(self.lm.device)
         return None

@@ -5,14 +5,15 @@ import torch
 
 import quantbench as qb
 from quantbench import machine
-from quantbench.loading import why_not
+from quantbench.quantisers import why_not
 from quantbench.why.floors import floor
 from tests.conftest import Bar, eldest
 
 pytestmark = [pytest.mark.alone,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: nothing was shown")]
 GPU_SETTINGS = [key for key, row in qb.SETTINGS.items()  # a package may be missing, a checkpoint is not quantised itself
-                if row.device == "cuda" and row.quantisation != "stored" and not (row.offload or why_not(row))]
+                if row.device == "cuda" and row.quantisation != "stored"
+                and not (row.offload or why_not(row, machine.facts()))]
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device here: nothing was shown")
 
 

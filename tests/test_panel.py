@@ -7,7 +7,7 @@ import ipywidgets
 import pytest
 
 import quantbench as qb
-from quantbench.loading import why_not
+from quantbench.quantisers import why_not
 from tests.conftest import TINY, children
 
 
@@ -122,7 +122,7 @@ def test_settings_that_cannot_run_are_greyed_under_the_reason():
         title = one.value if isinstance(one, ipywidgets.HTML) else title
         for key, box in panel.settings.items():
             if box in getattr(one, "children", ()):
-                why = why_not(qb.SETTINGS[key])
+                why = why_not(qb.SETTINGS[key], qb.facts())
                 assert box.disabled == bool(why) and (why or "Settings") in title
 
 

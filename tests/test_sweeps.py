@@ -22,7 +22,7 @@ import torch
 
 import quantbench as qb
 from quantbench import machine
-from quantbench.loading import why_not
+from quantbench.quantisers import why_not
 from quantbench.settings import Workload
 from quantbench.sweeps import rounds, workers
 from quantbench.sweeps.child import Desk
@@ -52,7 +52,7 @@ def test_every_cell_of_a_workload_has_the_same_rounds_and_a_model_is_loaded_once
 
 def test_all_settings_are_those_that_this_machine_can_run(tiny_llama):
     here = {cell.setting.key for cell in plan(tiny_llama, "all", "eager", [Workload(max_new_tokens=2)], None)}
-    assert here == {key for key, row in qb.SETTINGS.items() if not why_not(row)} - {"cpu-gguf", "gpu-gguf", "cpu-stored", "gpu-stored"}
+    assert here == {key for key, row in qb.SETTINGS.items() if not why_not(row, qb.facts())} - {"cpu-gguf", "gpu-gguf", "cpu-stored", "gpu-stored"}
     assert "cpu-fp32" in here
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import quantbench as qb
-from quantbench.decode import Eager, inputs_of
+from quantbench.decode import Eager, find_engine, inputs_of, stepwise_logits
+from quantbench.engines.agreement import difference
 from quantbench.intervals import median_interval
 from quantbench.settings import Workload
 from quantbench.timing import Timed
@@ -237,6 +238,29 @@ def test_a_prompt_has_the_tokens_asked_for_and_what_is_cached_before_it_changes_
     graph = qb.generate(lm, max_new_tokens=4, batch_size=batch, prompt_tokens=prompt_tokens, depth=depth, repeats=2,
                         engine="graph", progress=False)
     assert (graph.status, graph.reason) == ("ok", None)
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_only_the_logits_that_are_used_are_computed(lm, engine):
+    """Those of a whole depth, batch x depth x vocabulary, are gigabytes."""
+    rows, work = [], Workload(max_new_tokens=3, prompt_tokens=5, depth=20, batch_size=2)
+    lm.model.get_output_embeddings().register_forward_hook(lambda _, args, logits: rows.append(int(logits.shape[1])))
+    made = find_engine(engine)(lm, inputs_of(lm, work), 3, work.depth)
+    made.rewind()
+    text = made(3)
+    assert set(rows) == {1}
+    stepwise_logits(lm.model, text, 3)
+    difference(lm, text, text.flip(1), 25)
+    assert max(rows) == 3
+
+
+def test_a_model_that_computes_all_logits_gives_the_same(lm, monkeypatch):
+    ids, forward = inputs_of(lm, Workload(prompt_tokens=12))["input_ids"], lm.model.forward
+    with torch.no_grad():
+        kept = stepwise_logits(lm.model, ids, 4)
+        monkeypatch.setattr(lm.model, "forward", lambda input_ids, past_key_values, use_cache: forward(
+            input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache))
+        torch.testing.assert_close(stepwise_logits(lm.model, ids, 4), kept)
 
 
 class Slow(torch.nn.Module):

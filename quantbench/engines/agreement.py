@@ -2,7 +2,7 @@
 
 import torch
 
-from quantbench.decode import stepwise_logits
+from quantbench.decode import read, stepwise_logits
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
 from quantbench.tokens import stop_tokens
@@ -26,13 +26,13 @@ def difference(lm: LoadedModel, ours: torch.Tensor, eager: torch.Tensor, prompt_
             f"(rounding explains {rounding:.3g})"), not margin <= rounding
 
 
-@torch.no_grad()
 def _read(lm: LoadedModel, ids: torch.Tensor, prompt_tokens: int) -> torch.Tensor:
     """The eager model's logits [batch, new, vocabulary] of every new token of `ids`, as greedy generation sees them."""
+    new = ids.shape[1] - prompt_tokens
     if find_quantiser(lm.setting.quantisation).stepwise:
-        logits = stepwise_logits(lm.model, ids, ids.shape[1] - prompt_tokens).float()
+        logits = stepwise_logits(lm.model, ids, new).float()
     else:
-        logits = lm.model(input_ids=ids[:, :-1]).logits[:, prompt_tokens - 1:].float()
+        logits = read(lm.model, ids[:, :-1], new).logits[:, -new:].float()
     logits[..., stop_tokens(lm.model)] = -torch.inf  # generation of exactly n tokens never chooses them
     return logits
 

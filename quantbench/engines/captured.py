@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 from quantbench import machine
 from quantbench.inspection import quiet
-from quantbench.decode import Eager, Unavailable, why_no_cache
+from quantbench.decode import Eager, Unavailable, read, why_no_cache
 from quantbench.engines.agreement import difference
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import find_quantiser
@@ -93,8 +93,8 @@ class Graph:
     def _read(self, start: int, end: int) -> torch.Tensor:
         self.position.fill_(start)
         self.writing.at = places = torch.arange(start, end, device=self.prompt.device)
-        return self.lm.model(input_ids=self.prompt[:, start:end], position_ids=places[None], use_cache=True,
-                             past_key_values=self.cache, logits_to_keep=1).logits
+        return read(self.lm.model, self.prompt[:, start:end], position_ids=places[None],
+                    past_key_values=self.cache).logits
 
     def _prefill(self) -> None:
         self.slot.zero_()

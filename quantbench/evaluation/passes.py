@@ -1,6 +1,5 @@
 """Quality of a setting: perplexity, and token by token against a reference. Never inside a timed region."""
 
-import gc
 import hashlib
 import importlib
 import math
@@ -12,7 +11,7 @@ from scipy.stats import t
 from tqdm.auto import tqdm
 
 from quantbench import machine
-from quantbench.decode import TEXT, stepwise_logits, why_no_cache
+from quantbench.decode import TEXT, read, stepwise_logits, why_no_cache
 from quantbench.evaluation.scores import Quality
 from quantbench.intervals import LEAST, Interval
 from quantbench.loading import LoadedModel, StandInTokenizer, context_length
@@ -162,7 +161,6 @@ def _measured(lm: LoadedModel, windows: list[Window], on: dict, reference: Refer
     except (RuntimeError, MemoryError) as error:
         if (reason := machine.out_of_memory(error)) is None:
             raise
-    gc.collect()  # not in the except clause: the traceback holds what was allocated
     machine.release(lm.device)
     return Quality(**on, status="out_of_memory", reason=reason)
 
@@ -180,7 +178,7 @@ def _values(lm: LoadedModel, windows: list[Window], cache: str | bool, kept: lis
     for seen, scored in tqdm(windows, desc=title, unit="window", leave=False, disable=not progress):
         ids = seen.to(lm.model.device)
         logits = stepwise_logits(lm.model, ids, scored, cache)[0] if cache else (
-            lm.model(input_ids=ids, use_cache=False).logits[0, -scored - 1:-1])
+            read(lm.model, ids, scored + 1, use_cache=False).logits[0, -scored - 1:-1])
         for some, true in zip(logits.split(ROWS), ids[0, -scored:].split(ROWS)):
             ours = some.float().log_softmax(-1)
             first = base_first = ours.argmax(-1)

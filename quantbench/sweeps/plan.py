@@ -8,8 +8,7 @@ from quantbench import machine
 from quantbench.decode import find_engine
 from quantbench.intervals import LEAST
 from quantbench.labels import cells
-from quantbench.loading import why_not
-from quantbench.quantisers import find_quantiser
+from quantbench.quantisers import find_quantiser, why_not
 from quantbench.records import Measurement
 from quantbench.settings import BASELINES, FILES_OWN, SETTINGS, Setting, Workload, find_setting, many, on_gpus, whole
 from quantbench.tokens import OverLength, check_context
@@ -55,14 +54,14 @@ def plan(models: object, settings: object, engines: object, workloads: list[Work
          weights: str | None, gpus: object = 1) -> list[Cell]:
     """Every cell once, in groups of one model and workload: what is compared stands together. Raises ValueError for a
     mistake in an argument, before anything is loaded."""
-    names = dict.fromkeys(check_name(one, weights) for one in many("models", models))
+    names, facts = dict.fromkeys(check_name(one, weights) for one in many("models", models)), machine.facts()
     if isinstance(settings, str) and settings == "all":
-        settings = [key for key, row in SETTINGS.items() if row.quantisation not in FILES_OWN and not why_not(row)]
-    asked, facts = [find_setting(key) for key in many("settings", settings)], machine.facts()
+        settings = [key for key, row in SETTINGS.items() if not (row.quantisation in FILES_OWN or why_not(row, facts))]
+    asked = [find_setting(key) for key in many("settings", settings)]
     numbers = [one if one == "all" else whole("gpus", one) for one in many("gpus", gpus)]
     rows = [on_gpus(row, number, facts) for row in asked
             for number in (numbers if row.device == "cuda" and not row.offload else [1])]
-    reasons, cells = {row: why_not(row) for row in rows}, []
+    reasons, cells = {row: why_not(row, facts) for row in rows}, []
     engines = {one: find_engine(one) for one in many("engines", engines)}
     for name in names:
         source = None if all(reasons.values()) else find(name, weights)

@@ -13,7 +13,8 @@ from tqdm.notebook import tqdm
 from quantbench.charts import CHARTS
 from quantbench.choice.choosing import choose
 from quantbench.choice.fitting import fit
-from quantbench.loading import why_not
+from quantbench.machine import facts
+from quantbench.quantisers import why_not
 from quantbench.records import Measurement
 from quantbench.results import Run
 from quantbench.saving import save
@@ -55,9 +56,10 @@ class Panel(widgets.VBox):
         self.max_new_tokens = widgets.IntSlider(tokens, 1, max(1000, tokens), description="New tokens", **_FIELD)
         self.prompt = widgets.Textarea(last.prompt, description="Prompt", rows=3, **_FIELD)
         self.repeats = widgets.IntSlider(0, 0, 50, description="Rounds (0: 6 to 30)", **_FIELD)
-        self.settings = {key: widgets.Checkbox(key in EXPERIMENT and not why_not(row), description=row.label,
-                                               disabled=bool(why_not(row)), indent=False, layout={"width": "auto"})
-                         for key, row in SETTINGS.items()}
+        self.reasons = {key: why_not(row, facts()) for key, row in SETTINGS.items()}  # why it cannot run here
+        self.settings = {key: widgets.Checkbox(key in EXPERIMENT and not reason, description=SETTINGS[key].label,
+                                               disabled=bool(reason), indent=False, layout={"width": "auto"})
+                         for key, reason in self.reasons.items()}
         self.limits = {name: widgets.FloatText(0.99 * (name == "keep"), description=label, step=0.01, layout={
             "width": "15em"}, style={"description_width": "8em"}) for name, label in _LIMITS.items()}
         self.run_button = widgets.Button(description="Run", button_style="primary", icon="play")
@@ -83,10 +85,9 @@ class Panel(widgets.VBox):
 
     def _lines(self) -> list[widgets.Widget]:
         """From top to bottom: of the settings what can be ticked, then what cannot, under the reason why."""
-        reasons = {key: why_not(row) for key, row in SETTINGS.items()}
-        boxes = [one for reason in dict.fromkeys([None, *reasons.values()]) for one in (
+        boxes = [one for reason in dict.fromkeys([None, *self.reasons.values()]) for one in (
             widgets.HTML(f"Not on this machine: {html_text(reason)}" if reason else "<b>Settings</b>"),
-            widgets.HBox([self.settings[key] for key in reasons if reasons[key] == reason], layout=_WRAP))]
+            widgets.HBox([self.settings[key] for key, why in self.reasons.items() if why == reason], layout=_WRAP))]
         heading = "<b>Limits of what to take</b> (speed and accuracy at least, others at most; 0: none)"
         buttons = [self.run_button, self.fit_button, self.choose_button, self.stop_button]
         return [self.models, self.other, self.max_new_tokens, self.prompt, self.repeats, *boxes,
