@@ -5,16 +5,17 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+from quantbench.settings import MOST, MOST_SAMPLES, MOST_TEXT
+
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Text = Annotated[str, AfterValidator(lambda text: text.encode(errors="replace").decode()), Field(max_length=10**6)]
+Text = Annotated[str, AfterValidator(lambda text: text.encode(errors="replace").decode()), Field(max_length=MOST_TEXT)]
 Name = Annotated[Text, Field(max_length=4096)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
 Size = Annotated[int, Field(ge=-10**18, le=10**18)]  # of bytes, or of a difference of them
-Whole = Annotated[int, Field(ge=1, le=10**9)]
+Whole = Annotated[int, Field(ge=1, le=MOST)]
 Seconds = Annotated[float, Field(gt=0, lt=1e9)]
 Amount = Annotated[float, Field(ge=0, lt=1e30)]
-Span = tuple[float, float]
-Many = Field(max_length=10_000)
+Many = Field(max_length=MOST_SAMPLES)
 Tally = Annotated[dict[Name, Count], Many]
 Versions = Annotated[dict[Name, Name | None], Many]
 Weights = Literal["pretrained", "bundled", "random"]

@@ -40,9 +40,8 @@ class LoadedModel(contextlib.AbstractContextManager):
     def __init__(self, name: str, setting: Setting, status: str = "ok", reason: str | None = None) -> None:
         self.name, self.setting, self.device = name, setting, setting.device
         self.status, self.reason = status, reason
-        self.weights = self.revision = None
+        self.weights = self.revision = self.load_s = self.load_peak_bytes = None
         self.model = self.tokenizer = self.audit = self.weights_bytes = None
-        self.load_s = self.load_peak_bytes = None
         self.held_before_bytes = self.held_after_bytes = self.device_before_bytes = None
 
     def encode(self, prompt: str, batch_size: int = 1) -> dict[str, torch.Tensor]:

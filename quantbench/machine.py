@@ -123,15 +123,13 @@ def _groups(root: Path) -> Iterator[Path]:
 
 def reset_peak(device: str) -> bool:
     """Start a new peak from what is held now. False where the system cannot (then there is no peak to read)."""
-    if device == "cuda":
-        for gpu in used_gpus():
-            torch.cuda.reset_peak_memory_stats(gpu)
+    for gpu in used_gpus() if device == "cuda" else ():
+        torch.cuda.reset_peak_memory_stats(gpu)
+    with contextlib.suppress(OSError):
+        if device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak resident size; see proc(5)
         return True
-    try:  # Linux: 5 resets the peak resident size; see proc(5), clear_refs
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+    return False
 
 
 def peak_bytes(device: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantbench.wording import cut
 
-MOST = 10**9  # of what is counted in a workload
+MOST, MOST_SAMPLES, MOST_TEXT = 10**9, 10_000, 10**6  # of what is counted in a workload; of a row; characters
 PROMPT = "Once upon a time, in a small village by the sea"  # 12 GPT-2 tokens, as the published experiment counted
 
 
@@ -162,11 +162,13 @@ class Workload:
     cache: str = "default"  # a key of CACHES
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str) or not self.prompt.encode().decode().strip():  # lone surrogates raise too
-            raise ValueError("the prompt is empty, or no text: give at least one word")
+        fits = isinstance(self.prompt, str) and len(self.prompt) <= MOST_TEXT
+        if not fits or not self.prompt.encode().decode().strip():  # lone surrogates raise too
+            raise ValueError(f"the prompt is empty, no text, or over {MOST_TEXT:,} characters: give at least one word")
         for name in ("max_new_tokens", "batch_size", "prompt_tokens", "depth", "repeats"):
             if getattr(self, name) is not None or name not in ("prompt_tokens", "repeats"):
-                object.__setattr__(self, name, whole(name, getattr(self, name), int(name != "depth")))
+                most = MOST_SAMPLES if name == "repeats" else MOST
+                object.__setattr__(self, name, whole(name, getattr(self, name), int(name != "depth"), most))
         CACHES.find(self.cache)
         object.__setattr__(self, "budget_s", amount("budget_s", self.budget_s))
 
@@ -177,12 +179,12 @@ class Workload:
                 "batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
 
 
-def whole(name: str, value: object, least: int = 1) -> int:
-    """`value` as an int (numpy's integers are whole numbers too). Raises ValueError for what is none, or too small."""
+def whole(name: str, value: object, least: int = 1, most: int = MOST) -> int:
+    """`value` as an int (numpy's integers are whole numbers too). Raises ValueError for what is none, or too much."""
     with contextlib.suppress(TypeError):
-        if not isinstance(value, bool) and least <= operator.index(value) <= MOST:
+        if not isinstance(value, bool) and least <= operator.index(value) <= most:
             return operator.index(value)
-        least = least if isinstance(value, bool) or operator.index(value) < least else f"{least} and at most {MOST:,}"
+        least = least if isinstance(value, bool) or operator.index(value) < least else f"{least} and at most {most:,}"
     raise ValueError(f"{name} must be a whole number of at least {least}, not {cut(repr(value), 60)}")
 
 

@@ -177,6 +177,9 @@ def test_a_reference_is_the_same_model_and_brings_its_text(tiny, lm, tmp_path, m
             qb.quality(stranger, reference)
     with pytest.raises(ValueError, match="closed"):
         qb.quality(lm, reference)
+    monkeypatch.setattr(passes, "MOST_SAMPLES", 4)  # else a record refuses it, when all is evaluated
+    with pytest.raises(ValueError, match="windows .* at most 4, not"):
+        qb.quality(lm, lm, **SMALL)
     monkeypatch.setattr(passes, "MOST_BYTES", 100_000)
     with pytest.raises(ValueError, match="give tokens=100"):
         qb.reference(lm, **SMALL)

@@ -102,6 +102,7 @@ def test_an_unknown_name_names_the_nearest():
     ({"repeats": 0}, "repeats"), ({"budget_s": -1}, "budget_s"), ({"max_new_tokens": "9"}, "whole number"),
     ({"prompt": None}, "at least one word"), ({"batch_size": 1.0}, "batch_size must be a whole number .* not 1.0"),
     ({"max_new_tokens": None}, "max_new_tokens"), ({"budget_s": "30"}, "above 0, not '30'"),
+    ({"repeats": 10_001}, "repeats must be .* at most 10,000, not 10001"), ({"prompt": "a" * 1_000_001}, "over 1,000,000 ch"),
     ({"budget_s": math.nan}, "not nan"), ({"budget_s": None}, "not None"), ({"budget_s": True}, "not True")])
 def test_a_workload_that_cannot_run_is_refused(bad, message):
     with pytest.raises(ValueError, match=message):

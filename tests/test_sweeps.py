@@ -143,6 +143,14 @@ def test_a_process_that_stands_out_is_measured_again_and_both_are_kept(tiny_gpt2
     assert min(rows["cpu-int4"].latencies_s[:6]) > 5 * max(rows["cpu-int4"].latencies_s[6:])
 
 
+def test_rounds_beyond_what_a_row_takes_leave_the_last():
+    """A second process, or a run that goes on, adds to what may be all that was asked for."""
+    many = {name: [1.0] * 9_999 for name in ("latencies_s", "first_token_s", "sampled_at", "others_busy", "energy_j")}
+    row = qb.Measurement(model="gpt2", setting="cpu-fp32", max_new_tokens=2, rounds=[*map(str, range(9_999))], **many)
+    both = rounds.joined(row, replace(row, rounds=[f"later-{name}" for name in row.rounds]))
+    assert (len(both.latencies_s), len(both.energy_j), both.rounds[0]) == (10_000, 10_000, "9998")
+
+
 class Noisy(Desk):
     """A desk whose machine disturbs every process in eager, and no captured one."""
 

@@ -16,7 +16,7 @@ from quantbench.evaluation.scores import Quality
 from quantbench.intervals import LEAST, Interval
 from quantbench.loading import LoadedModel, StandInTokenizer, context_length
 from quantbench.quantisers import QUANTISERS
-from quantbench.settings import CACHES, expect, whole
+from quantbench.settings import CACHES, MOST_SAMPLES, expect, whole
 from quantbench.weights import HUB
 
 LEAST_TOKENS = 32  # of a text that is worth a number
@@ -34,6 +34,7 @@ class Reference(AbstractContextManager):
         if read[1]["tokens"] * per_token > MOST_BYTES:
             raise ValueError(f"a reference of {read[1]['tokens']} tokens would take over {MOST_BYTES / 1e9:.0f} GB of "
                              f"RAM: give tokens={MOST_BYTES // per_token}")
+        whole("the number of windows (fewer by a larger stride)", len(read[0]), most=MOST_SAMPLES)
         self.name, self.revision, self.weights, self.setting = lm.name, lm.revision, lm.weights, lm.setting
         self.read, self.kept = read, []
         self.quality = _measured(lm, *read, self, None, progress)

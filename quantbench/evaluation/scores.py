@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from quantbench.fields import STRICT, Amount, Count, Machine, Many, Name, Span, Text, Versions, Weights
-from quantbench.intervals import LEAST
+from quantbench.fields import STRICT, Amount, Count, Machine, Many, Name, Text, Versions, Weights
+from quantbench.intervals import LEAST, Interval
 from quantbench.records import STATUSES, Subject, now
 
 
@@ -44,12 +44,12 @@ class Quality(Subject):
     # paired with the reference
     reference: Name | None = None  # the reference's setting
     kl_mean: float | None = None  # mean KL(reference || this), nats
-    kl_ci: Span | None = None
+    kl_ci: Interval | None = None
     kl_windows: Annotated[list[float], Many] | None = None  # its mean in each window: where two settings meet
     kl_p99: float | None = None  # the 99th percentile over tokens
     top1_agreement: Amount | None = None  # share of tokens where both have the same first choice ("same top p")
     accuracy_kept: Amount | None = None  # accuracy over the reference's
-    accuracy_kept_ci: Span | None = None
+    accuracy_kept_ci: Interval | None = None
 
     @property
     def key(self) -> tuple:

@@ -18,7 +18,7 @@ from quantbench import machine
 from quantbench.inspection import load_estimate, on_meta
 from quantbench.intervals import LEAST, median_interval, ratio_of_rounds
 from quantbench.records import Measurement
-from quantbench.settings import BASELINES
+from quantbench.settings import BASELINES, MOST_SAMPLES
 from quantbench.sweeps.child import Child, ChildDied, Desk, Stopped
 from quantbench.sweeps.plan import Cell
 from quantbench.weights import config_of
@@ -194,17 +194,17 @@ def _doubted(rates: Rates) -> list[Cell]:
 
 
 def joined(before: Measurement | None, after: Measurement) -> Measurement:
-    """One row with the samples of both, where both have rounds, else the later one. But good samples never give way to
-    a failure, which becomes the row's reason."""
+    """One row with the samples of both, the last that a row takes, where both have rounds, else the later one. But good
+    samples never give way to a failure, which becomes the row's reason."""
     if before is None or before.status != "ok" or (after.status == "ok" and not before.rounds):
         return after
     said = after.reason if after.status == "ok" else f"later {after.status}: {after.reason}"
     reason = "; ".join(dict.fromkeys(filter(None, [before.reason, said]))) or None
     if after.status != "ok":
         return dataclasses.replace(before, reason=reason)
-    both = {name: getattr(before, name) + getattr(after, name)
+    both = {name: (getattr(before, name) + getattr(after, name))[-MOST_SAMPLES:]
             for name in ("latencies_s", "first_token_s", "rounds", "sampled_at", "others_busy")}
     both |= {name: max(filter(None, [getattr(before, name), getattr(after, name)]), default=None)
              for name in ("vram_peak_bytes", "ram_peak_bytes")}
-    energy_j = before.energy_j + after.energy_j if before.energy_j and after.energy_j else None
+    energy_j = (before.energy_j + after.energy_j)[-MOST_SAMPLES:] if before.energy_j and after.energy_j else None
     return dataclasses.replace(after, reason=reason, trace=after.trace or before.trace, energy_j=energy_j, **both)
