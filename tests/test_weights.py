@@ -5,6 +5,7 @@ import http.server
 import importlib.metadata
 import json
 import platform
+import shutil
 import sys
 import threading
 import time
@@ -234,6 +235,16 @@ def test_smollm2_comes_from_its_package_unimported(offline):
 
 
 # ---- made here ----
+
+@pytest.mark.parametrize("letter", "n名🐑")
+def test_a_long_name_is_cut_in_its_checkpoints_folder(tiny, tmp_path, monkeypatch, letter):
+    """A name's letters may be four bytes each, and a file system counts bytes."""
+    name = letter * (240 // len(letter.encode()))
+    monkeypatch.setenv("QUANTBENCH_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny, tmp_path / name)
+    made, other = checkpoint(find(tmp_path / name)), checkpoint(find(tiny))
+    assert made.name.startswith(name[:20]) and made != other and made.name[-40:] == other.name[-40:]
+
 
 def test_a_checkpoint_is_made_once_and_only_what_dead_processes_of_this_host_left_is_freed(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTBENCH_CACHE", str(tmp_path))

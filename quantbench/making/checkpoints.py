@@ -22,6 +22,7 @@ from quantbench.weights import SEED, Source, cache_folder, config_of, files_of, 
 from quantbench.wording import cut
 
 UNFINISHED = "making-"  # then the host and the process that makes it
+NAME_BYTES = 80  # of a model's name, in its folder's: file systems take 255, and the rest tells two apart
 
 
 def made(source: Source, weights: bool = True) -> Path:
@@ -49,8 +50,8 @@ def _kept_at(source: Source, kind: str) -> Path:
     digest = hashlib.sha256(json.dumps(recipe(source), sort_keys=True).encode())
     for file in files_of(source.like):
         digest.update(file.name.encode() + file.read_bytes())
-    name = f"{Path(source.name).name}-{source.revision}-{digest.hexdigest()[:12]}{kind}"
-    return cache_folder() / name.replace(" ", "-")
+    name = os.fsencode(Path(source.name).name)[:NAME_BYTES].decode(errors="ignore")
+    return cache_folder() / f"{name}-{source.revision}-{digest.hexdigest()[:12]}{kind}".replace(" ", "-")
 
 
 def _remove_unfinished() -> None:
