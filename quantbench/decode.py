@@ -114,9 +114,8 @@ def why_no_cache(name: str, model: nn.Module) -> str | None:
 def read(model: nn.Module, ids: torch.Tensor, last: int = 1, use_cache: bool = True, **how: object) -> ModelOutput:
     """One pass over `ids` [batch, tokens], with the logits of their `last` tokens alone where the model can leave the
     others out (xLSTM cannot): of a whole depth they would be gigabytes."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        how["logits_to_keep"] = last
-    return model(input_ids=ids, use_cache=use_cache, **how)
+    kept = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=ids, use_cache=use_cache, **kept, **how)
 
 
 def stepwise_logits(model: nn.Module, ids: torch.Tensor, scored: int, cache: str = "default") -> torch.Tensor:

@@ -8,8 +8,6 @@ from quantbench.records import Measurement, Subject, records_in
 from quantbench.settings import MODELS, SETTINGS
 from quantbench.wording import cut, plain
 
-_ORDER = {key: place for place, key in enumerate(SETTINGS)}
-
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -51,8 +49,11 @@ class Cell:
 
 def cells(run: Iterable[Measurement]) -> list[Cell]:
     """The rows of a run, named and in order: by model as they first came, by SETTINGS, by length, by batch. Rows of one
-    setting and workload, such as of two versions, are numbered: `compare` says in what they differ."""
+    setting and workload, such as of two versions, are numbered: `compare` says in what they differ. A row without
+    figures of what has run since (a package was installed, say) is left out."""
     rows, named, seen = [one for one in records_in(run) if isinstance(one, Measurement)], [], Counter()
+    ran = {(*row.cell, row.work): row.created_at for row in rows if row.status == "ok"}
+    rows = [row for row in rows if row.status == "ok" or row.created_at > ran.get((*row.cell, row.work), "")]
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     real = {row.model for row in rows if row.weights not in (None, "random")}
     random = {row.model for row in rows if row.weights == "random"} - real
@@ -68,8 +69,9 @@ def cells(run: Iterable[Measurement]) -> list[Cell]:
         model = MODELS[row.model].label if row.model in MODELS else plain(row.model)
         named.append(Cell(row, model, plain(setting), plain(work), row.weights == "random" or row.model in random))
     titles = list(dict.fromkeys(cell.title for cell in named))
-    return sorted(named, key=lambda cell: (titles.index(cell.title), _ORDER.get(cell.row.setting, len(_ORDER)),
-                                           cell.setting, *cell.row.work[:0:-1]))
+    return sorted(named, key=lambda cell: (
+        titles.index(cell.title), [*SETTINGS, cell.row.setting].index(cell.row.setting), cell.setting,
+        *cell.row.work[:0:-1]))
 
 
 def able(named: list[Cell]) -> list[Cell]:

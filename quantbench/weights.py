@@ -136,11 +136,10 @@ def config_for(model: str | os.PathLike) -> PretrainedConfig:
     """A model's configuration, its own quantisation with it: of what the Hub holds nothing else is downloaded. Raises
     ValueError as `find` and `config_of` do."""
     row = MODELS.get(name := check_name(model))
-    if _is_gguf(name) or row and row.bundled and _bundled_gguf(row.bundled):
-        source = find(model)
-        return config_of(replace(source, folder=checkpoint(source, weights=False), gguf=None))
-    source = find(model, "random")
-    return config_of(replace(source, folder=source.like))
+    in_gguf = _is_gguf(name) or row and row.bundled and _bundled_gguf(row.bundled)
+    source = find(model, None if in_gguf else "random")
+    folder = checkpoint(source, weights=False) if in_gguf else source.like
+    return config_of(replace(source, folder=folder, gguf=None))
 
 
 def recipe(source: Source) -> dict:

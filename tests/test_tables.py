@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 import quantbench as qb
 from quantbench.records import Measurement
@@ -53,6 +54,25 @@ def test_one_table_per_model_and_machine():
     assert len(show([ROW, dataclasses.replace(ROW, machine={"cpu": "D"})])) == 2
     assert table([ROW, dataclasses.replace(ROW, machine={"cpu": "D"})])["Machine"].tolist() == ["G · C", "D"]
     assert repr(show([])) == "nothing measured yet" and "nothing measured yet" in show([])._repr_html_()
+
+
+@pytest.mark.parametrize("status", ["unavailable", "failed", "out_of_memory"])
+def test_what_ran_since_is_told_as_it_ran_and_what_fails_since_stays(status):
+    """A package that is installed in between is another version, so that the run holds both rows."""
+    ran = dataclasses.replace(ROW, revision="r", versions={"torchao": "1"}, created_at="2026-11-02T00:00:00+00:00")
+    missed = Measurement(model="gpt2", setting="gpu-int4", max_new_tokens=128, machine=ROW.machine, status=status,
+                         reason="not installed", created_at="2026-11-01T00:00:00+00:00")
+    for run in ([missed, ran], [ran, missed]):
+        assert table(run)["Setting"].tolist() == ["GPU INT4"] and table(run)["Status"].tolist() == ["ok"]
+        text = repr(show(run)) + repr(qb.findings(run))
+        assert "not installed" not in text and "not installed" not in charts_text(run)
+    other = dataclasses.replace(missed, max_new_tokens=256)
+    since = dataclasses.replace(missed, created_at="2026-11-03T00:00:00+00:00")
+    assert all(len(table([ran, one])) == 2 for one in (other, since, dataclasses.replace(missed, engine="graph")))
+
+
+def charts_text(run) -> str:
+    return " ".join(text.get_text() for text in qb.plot_throughput(run).findobj(Text))
 
 
 def test_what_it_shows_is_escaped_and_no_formula():
