@@ -47,7 +47,7 @@ def test_between_machines_there_is_a_plain_quotient_and_a_verdict_is_on_a_machin
 
 def test_engines_and_workloads_of_one_setting_are_cells_of_their_own():
     rows = [row(), row(engine="graph"), row(prompt="another"), row(prompt_length=100), row(depth=100), row(batch_size=2),
-            row(cache="static")]
+            row(cache="static"), row("gpu-fp16"), row("gpu-fp16", gpus=2)]
     assert len(compare_table(rows)) == len(rows)
 
 

@@ -31,12 +31,13 @@ def gathered(sources: Iterable[Source], per_source: bool = False) -> pd.DataFram
     for number, source in enumerate(sources):
         for row in Run.read(source) if isinstance(source, (str, os.PathLike)) else Run.of(source):
             machine, versions = row.machine_name, (("driver", row.machine.get("driver")), *row.subject[-1])
-            sides.setdefault((machine, versions, number * per_source), {})[_key(row)] = row
+            sides.setdefault((machine, versions, number * per_source), {})[row.cell[:-1], row.work] = row
             shared[machine] = shared.get(machine, set(versions)).intersection(versions)
     if not sides:
         raise ValueError("nothing to compare: give runs or paths of results files")
     every = {key: row for rows in sides.values() for key, row in rows.items()}
-    named, found = [(place, _key(cell.row), cell) for place, cell in enumerate(cells(every.values()))], []
+    named, found = [(place, (cell.row.cell[:-1], cell.row.work), cell)  # wherever it ran
+                    for place, cell in enumerate(cells(every.values()))], []
     for side, ((machine, versions, _), rows) in enumerate(sides.items()):
         here = {place: replace(cell, row=rows[key], random=False) for place, key, cell in named if key in rows}
         told = [f"{plain(name)} {cut(version, 12)}" for name, version in versions
@@ -83,7 +84,3 @@ def plot_machines(*runs: Source) -> Figure:
     if not panels:
         raise ValueError("no measurements to draw: none of these runs measured a cell")
     return draw("Tokens per second by machine", "Each machine by itself: no claim between two", panels, _RATE)
-
-
-def _key(row: Measurement) -> tuple:
-    return row.model, row.setting, row.engine, *row.work
