@@ -201,6 +201,19 @@ def test_logits_that_are_not_finite_and_a_lack_of_memory_are_rows(tiny, lm, tmp_
     assert (found.status, found.reason) == ("out_of_memory", "no room")
 
 
+def test_what_was_read_since_is_not_told_to_have_failed():
+    def at(day, **fields):
+        return qb.Quality(model="gpt2", setting="gpu-fp16", created_at=f"2026-11-0{day}T00:00:00+00:00", **fields)
+
+    windows = {"text": "t", "text_sha256": "s", "tokens": 300, "stride": 16, "revision": "r"}
+    read = at(2, perplexity=3.0, context=32, versions={"torch": "2"}, **windows)
+    missed = at(1, status="unavailable", reason="no package")
+    full, longer = (at(1, status="out_of_memory", reason="no room", context=size, **windows) for size in (32, 64))
+    for run, said in (([missed, full, read], 1), ([missed], 1), ([read, longer], 2),
+                      ([read, dataclasses.replace(missed, created_at="2026-11-03")], 2)):
+        assert len(qb.quality_findings(run)) == said
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_setting_that_cannot_run_says_so(tiny):
     found = qb.quality(lm := qb.load(tiny, "gpu-fp16"))

@@ -70,7 +70,10 @@ def quality_findings(run: Iterable) -> Findings:
         said.append(f"{group[0].model}: every setting read {on_what(group)}.")
         paired = [one for one in group if one.found.kl_mean is not None]
         said += [f"{one.model}, {one.setting}: {_verdict(one, paired)}." for one in paired if not one.is_reference]
-    failed = [Scored.of(one) for one in run.qualities if one.status != "ok"]
+    read = {(one.model, one.setting, one.machine_name, one.cache, what): one.created_at for one in run.qualities
+            if one.status == "ok" for what in (one.key[7:], (None,) * 5)}  # these windows; and that it loads at all
+    failed = [Scored.of(one) for one in run.qualities if one.status != "ok" and one.created_at > read.get(
+        (one.model, one.setting, one.machine_name, one.cache, one.key[7:]), "")]
     said += [f"{one.model}, {one.setting}: {cut(f'{one.found.status}: {one.found.reason}', 160)}." for one in failed]
     return Findings(said or ["no quality measured yet"])
 
