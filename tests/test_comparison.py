@@ -47,8 +47,10 @@ def test_between_machines_there_is_a_plain_quotient_and_a_verdict_is_on_a_machin
 
 def test_engines_and_workloads_of_one_setting_are_cells_of_their_own():
     rows = [row(), row(engine="graph"), row(prompt="another"), row(prompt_length=100), row(depth=100), row(batch_size=2),
-            row(cache="static"), row("gpu-fp16"), row("gpu-fp16", gpus=2)]
-    assert len(compare_table(rows)) == len(rows)
+            row(cache="static"), *(row("gpu-fp16", gpus=gpus) for gpus in (1, 2, 8))]
+    assert len(compare_table(rows)) == len(rows) == len(moved(rows, rows))
+    for path in (ROOT / "results" / "published").rglob("*.jsonl"):
+        assert len(compare_table(path)) == len(Run.read(path)), path
 
 
 def test_rows_say_why_they_are_empty_that_weights_are_random_and_versions_and_prompts_are_told_apart():
