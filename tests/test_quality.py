@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import tokenizers
 import torch
@@ -304,6 +305,8 @@ def test_other_texts_and_machines_are_not_compared_and_settings_meet_at_the_work
     assert "against CPU FP32 " not in said(run)["CPU INT4"]
     longer = [dataclasses.replace(row, max_new_tokens=n, new_tokens=n) for row in list(RUN)[:2] for n in (16, 32)]
     captured = [dataclasses.replace(row, engine="graph") for row in RUN]
+    spread = [dataclasses.replace(row, gpus=2, latencies_s=[9.0] * 6) for row in RUN if "gpu" in row.setting]
+    pd.testing.assert_frame_equal(qb.quality_table([*RUN, *RUN.qualities, *spread]), qb.quality_table(RUN))
     assert "speed at 8 tokens (eager)" in repr(qb.show_quality([*RUN, *RUN.qualities, *longer, *captured]))
     elsewhere = dataclasses.replace(RUN.qualities[1], machine={"cpu": "another"})
     for refused in (qb.quality_findings, qb.plot_quality):

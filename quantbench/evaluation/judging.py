@@ -43,9 +43,9 @@ def groups(run: Iterable) -> list[list[Scored]]:
             together.setdefault((*one.key[:3], *one.key[4:6], *one.key[7:], one.text), []).append(one)
     for group in together.values():
         subjects = [one.subject for one in group]
-        works = {cell: (cell.row.engine == "eager", *cell.row.work[:1:-1], cell.row.prompt, cell.row.engine)
-                 for cell in cells(run) if cell.measured and cell.row.subject in subjects}
-        shared = max(multimode(works.values()), default=None)  # of several: eager, then the longest
+        works = {cell: (cell.row.engine == "eager", -cell.row.gpus, *cell.row.work[:1:-1], cell.row.prompt,
+                        cell.row.engine) for cell in cells(run) if cell.measured and cell.row.subject in subjects}
+        shared = max(multimode(works.values()), default=None)  # of several: eager, on the fewest GPUs, the longest
         at = {(cell.row.subject, cell.row.cache): cell for cell, work in works.items() if work == shared}
         joined.append([Scored.of(one, at.get((one.subject, one.cache))) for one in group])
     return joined
