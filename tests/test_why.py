@@ -275,6 +275,32 @@ def test_which_setting_answers_first_and_where_they_change_places():
     assert told["Ratio"].iloc[0] == pytest.approx(0.2) and told["Verdict"].iloc[0] == "slower"
 
 
+def answered(rounds: str = "abcdef", **seconds: tuple[float, float]) -> str:
+    """What is said of answers that take FP32 and INT8 so many seconds, by prompt length; 1% of noise, in turn."""
+    rows = [qb.Measurement(model="gpt2", setting=setting, max_new_tokens=11, new_tokens=11, prompt_tokens=int(name[1:]),
+                           prompt_length=int(name[1:]), rounds=list(rounds), machine=CPU,
+                           latencies_s=[whole * (1 + (turn + place) % 2 / 100) for turn in range(6)])
+            for name, both in seconds.items()
+            for place, (setting, whole) in enumerate(zip(("cpu-fp32", "cpu-int8-dynamic"), both)) if whole]
+    return qb.prompt_findings(rows)[0].split(": ")[1].replace(" prompt tokens", "").replace("CPU ", "")
+
+
+def test_a_tie_hides_no_difference_at_another_length_and_without_rounds_nothing_is_told():
+    assert answered(p12=(1, 2), p128=(2, 2), p512=(2, 2), p1024=(3, 2)) == \
+        "up to 12 take FP32; from 128 FP32 and INT8 dynamic are a tie; from 1,024 take INT8 dynamic."
+    assert answered(p12=(1, 2), p128=(2, 1), p1024=(2, 2)) == \
+        "up to 12 take FP32; over about 70 take INT8 dynamic; from 1,024 FP32 and INT8 dynamic are a tie."
+    assert answered(p12=(1, 2), p128=(1, 2)) == "up to 128 take FP32."
+    assert answered(p12=(None, 2), p128=(1, 2)) == "up to 12 there is only INT8 dynamic; from 128 take FP32."
+    assert answered("", p12=(1, 2), p128=(2, 1)) == "up to 128 FP32 and INT8 dynamic are not told apart."
+
+
+@pytest.mark.parametrize(("first", "second", "about"), [("1024 1 1.1", "1032 2 1", 1024), ("120 1 2", "126 1.1 1", 126)])
+def test_a_place_in_two_digits_is_never_beyond_the_lengths_that_it_lies_between(first, second, about):
+    asked = {f"p{length}": (float(one), float(two)) for length, one, two in map(str.split, (first, second))}
+    assert f"over about {about:,} take" in answered(**asked)
+
+
 def test_one_prompt_length_says_nothing():
     assert "fewer than two" in qb.prompt_findings([asked("cpu-fp32", 12)])[0]
     with pytest.raises(ValueError, match="two prompt lengths"):

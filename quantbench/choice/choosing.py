@@ -17,8 +17,7 @@ def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, 
            min_tokens_per_s: float | None = None, ttft_s: float | None = None, keep: float | None = 0.99,
            prompt_tokens: int | None = None, batch_size: int = 1, max_new_tokens: int = 64,
            settings: str | Iterable[str] | None = None, engine: str | Iterable[str] = "eager", run: Run | None = None,
-           price_per_hour: float | None = None, stop: threading.Event | None = None,
-           progress: object = True) -> Choice:
+           price_per_hour: float | None = None, stop: threading.Event | None = None, progress: object = True) -> Choice:
     """The fastest setting that surely meets the limits: at most `vram_gb` or `ram_gb` (peak, 1e9 bytes) and `ttft_s`
     seconds to the first token, at least `min_tokens_per_s`, and `keep` of the reference's accuracy. None: any will do.
 

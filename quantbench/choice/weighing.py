@@ -94,8 +94,7 @@ def judged(run: Run, asked: dict, work: dict, settings: list[str] | None, ruled_
     lines = [(one.cell.setting, one.cell.row.engine, one.cell.row.tokens_per_s, one.ratio and one.ratio.value,
               one.cell.row.ttft_s, one.memory_gb, one.read and one.read.accuracy_kept, one.cell.row.once_s,
               1000 * (one.cell.row.energy_per_token_j or nan), asked["price_per_hour"] / 3600 * 1e6 * one.seconds,
-              *verdict)
-             for one, verdict in zip(found, told)]
+              *verdict) for one, verdict in zip(found, told)]
     lines += [(SETTINGS[key].label, "", *[None] * len(_DECIMALS), OUT, why) for key, why in ruled_out.items()]
     keys = [*(one.cell.row.setting for one in found), *ruled_out]
     ranked = pd.DataFrame(lines, keys, _COLUMNS).astype(dict.fromkeys(_DECIMALS, float)).replace(inf, nan)

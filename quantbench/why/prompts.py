@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable
+from itertools import groupby
 from math import nan
 
 import matplotlib.pyplot as plt
@@ -36,22 +37,15 @@ def prompt_table(run: Iterable[Measurement]) -> pd.DataFrame:
 
 def prompt_findings(run: Iterable[Measurement]) -> Findings:
     """Per model, engine, batch and depth: which setting gives the whole answer first at which prompt length, as far as
-    rounds tell, and about where two of them change places. Raises ValueError for two machines."""
+    rounds tell (else they are "not told apart"), and about where they change places. ValueError for two machines."""
     named, said = cells(run), []
     machine_of(cell.row for cell in named)
     for (model, shared), lengths in _groups(named).items():
-        ends: list[tuple[list[Cell], int]] = []  # winners, and the last length that is theirs
-        for length, group in lengths.items():
-            winners = _fastest(group)
-            if ends and {*map(_name, ends[-1][0])} & {*map(_name, winners)}:
-                ends.pop()
-            ends.append((winners, length))
-        parts = []
-        for last, (winners, length) in zip([None, *ends], ends):
-            names = listed([*map(_name, winners)])
-            where = f"over about {_crossing(last, winners, lengths):,} prompt tokens" if last else \
-                f"up to {length:,} prompt tokens" if len(ends) > 1 else f"from {min(lengths):,} to {length:,}"
-            parts.append(f"{where} take {names}" if len(winners) == 1 else f"{where} {names} are a tie")
+        stretches, parts = [[*some] for _, some in groupby(lengths, lambda length: _told(lengths[length]))], []
+        for last, here in zip([[], *stretches], stretches):
+            crossing = last and _crossing(lengths, last[-1], here[0])
+            where = f"over about {crossing:,}" if crossing else f"from {here[0]:,}" if last else f"up to {here[-1]:,}"
+            parts.append(f"{where} prompt tokens {_told(lengths[here[0]])}")
         said.append(f"{model}, {shared}: {'; '.join(parts)}.")
     return Findings(said or ["fewer than two prompt lengths measured yet"])
 
@@ -109,17 +103,26 @@ def _fastest(group: list[Cell]) -> list[Cell]:
     return [best, *(cell for cell in group if cell is not best and compared(best, cell).verdict != "faster")]
 
 
-def _crossing(last: tuple[list[Cell], int], winners: list[Cell], lengths: dict[int, list[Cell]]) -> int:
-    """About where the answers of two settings take as long, in two digits: the line between both lengths."""
-    before, after = last[1], winners[0].row.prompt_tokens
+def _told(group: list[Cell]) -> str:
+    """Which cell of a length is first, as far as rounds tell."""
+    best, *level = _fastest(group)
+    names = listed([_name(cell) for cell in group if cell is best or cell in level])
+    if not level:
+        return f"{'take' if group[1:] else 'there is only'} {names}"
+    tied = all(compared(best, cell).verdict == "tie" for cell in level)
+    return f"{names} are {'a tie' if tied else 'not told apart'}"
 
-    def longer_s(length: int) -> float:
-        seconds = {cell.setting: cell.row.latency_s for cell in lengths[length]}
-        return seconds.get(winners[0].setting, 0.0) - seconds.get(last[0][0].setting, 0.0)
 
-    start, end = longer_s(before), longer_s(after)
-    place = before + (after - before) * (min(max(start / (start - end), 0), 1) if start > end else 0)
-    return rounded(place)
+def _crossing(lengths: dict[int, list[Cell]], before: int, after: int) -> int | None:
+    """About where all who are first at a length have passed those who were at the one before, in two digits: on the
+    lines between both. None where one is first at both, or was not measured at both."""
+    seconds = [{_name(cell): cell.row.latency_s for cell in lengths[length]} for length in (before, after)]
+    gaps = [[known.get(_name(new), nan) - known.get(_name(old), nan) for known in seconds]
+            for old in _fastest(lengths[before]) for new in _fastest(lengths[after])]
+    if not all(start > 0 > end for start, end in gaps):
+        return None
+    place = before + (after - before) * max(start / (start - end) for start, end in gaps)
+    return min(max(rounded(place), before), after)
 
 
 def _draw_rate(ax: plt.Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:

@@ -100,9 +100,8 @@ def _record(cell: Cell, limits: Limits | None) -> dict:
     step, prefill = found.values()
     record = {"Model": cell.title, "Setting": cell.setting, "Workload": cell.workload, STEP: row.step_ms,
               "Kernels/step": ((row.trace or {}).get("step") or {}).get("kernels"), "Verdict": step.kind,
-              "Prefill": prefill.kind,
-              "Note": "; ".join(errors) or (IN_TURN * (row.gpus > 1) if step.kind else
-                                        NEEDED if row.step_ms else "no decode step was timed")}
+              "Prefill": prefill.kind, "Note": "; ".join(errors) or (
+                  IN_TURN * (row.gpus > 1) if step.kind else NEEDED if row.step_ms else "no decode step was timed")}
     if least:
         record |= {"Reads (MB)": least.bytes / 1e6, "Floor (ms)": 1000 * least.seconds,
                    "MBU": row.step_ms and 1000 * least.read_s / row.step_ms}
