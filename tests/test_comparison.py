@@ -136,9 +136,10 @@ def test_too_few_rounds_memory_what_stopped_working_and_runs_with_nothing_in_com
     assert changes([row()], [row("cpu-int8")])[1] == "No cell is in both."
 
 
-def test_the_reference_table_is_corrected_and_only_eager_rows_stand_beside_it():
-    asked = {"max_new_tokens": 128, "new_tokens": 128}
-    frame = reference_table([row(**asked), row(engine="compile", seconds=(0.1,), **asked)])
+def test_the_reference_table_is_corrected_and_only_rows_of_its_workload_stand_beside_it():
+    asked, others = {"max_new_tokens": 128, "new_tokens": 128}, [{"engine": "compile"}, {"gpus": 2}, {"prompt": "other"}, {
+        "prompt_length": 1024}, {"depth": 512}, {"cache": "static"}, {"batch_size": 4}]
+    frame = reference_table([row(**asked), *(row(seconds=(0.1,), **asked, **other) for other in others)])
     at = frame[(frame.index == "GPT-2") & (frame["Setting"] == "CPU FP32") & (frame["Max New Tokens"] == 128)].iloc[0]
     assert at["Tokens/sec (here)"] == 128.0 and at["Tokens/sec (corrected)"] == pytest.approx(128 / 11.896)
     assert "76 and 140 (DistilGPT-2) and 140 and 268 (GPT-2)" in repr(show(frame))

@@ -8,7 +8,7 @@ import pandas as pd
 from quantbench.labels import cells, machine_of
 from quantbench.records import FIGURES, Measurement
 from quantbench.results import Run
-from quantbench.settings import MODELS, SETTINGS
+from quantbench.settings import MODELS, PROMPT, SETTINGS
 from quantbench.tables import LENGTH, view
 
 PROMPT_TOKENS = 12  # by inference: it leaves 64, 128 and 256 of what the table's latency x tokens/sec give
@@ -22,12 +22,12 @@ _HOME = _PACKAGE / "data" if (_PACKAGE / "data" / "published").is_dir() else _PA
 
 
 def reference_table(run: Iterable[Measurement] = ()) -> pd.DataFrame:
-    """The table's rows, corrected by inference (its note says what), and `run`'s own eager ones beside them. Raises
-    ValueError for a run of several machines."""
+    """The table's rows, corrected by inference (its note says what), and beside them `run`'s own of the same workload
+    and prompt, eager and on one GPU at most. Raises ValueError for a run of several machines."""
     rows, data = [*Run.of(run)], pd.read_csv(_HOME / "reference" / "colab-t4.csv")
     here = f"here: {machine_of(rows)}" + " (random weights)" * any(cell.random for cell in cells(rows))
-    rates = {(row.model, row.setting, row.max_new_tokens): row.tokens_per_s for row in rows
-             if row.status == "ok" and row.engine == "eager" and row.batch_size == 1}
+    rates = {(row.model, row.setting, row.max_new_tokens): row.tokens_per_s for row in rows if row.status == "ok"
+             and (row.gpus, row.engine, *row.work[:-1]) == (1, "eager", PROMPT, "default", 0, 0, 1)}
     ours = [rates.get(asked) for asked in zip(data["model"], data["setting"], data["max_new_tokens"])]
     new = (data["latency_s"] * data["tokens_per_s"]).round().astype(int) - PROMPT_TOKENS
     frame = pd.DataFrame({
