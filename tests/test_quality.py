@@ -346,6 +346,10 @@ def test_continuations_part_at_the_first_word_that_differs():
         ["CPU FP32", " once the king slept", ""], ["CPU BF16", " once the ", "<b>queen</b> slept\n\nwell"],
         ["CPU INT8", " once the king slept well", ""]]
     assert "<b>queen" not in shown._repr_html_() and "random weights" in repr(qb.continuations([]))
+    rows = [record for key, text in texts.items() for record in both(key, 1.0, 1.0, 0.1, (0.9, 1.0), wrote=text)]
+    for other in ({"prompt_length": 1024}, {"depth": 64}, {"batch_size": 4}, {"cache": "static"}):  # no prompt by itself
+        more = [dataclasses.replace(row, text=" else", max_new_tokens=99, **other) for row in rows[::2]]
+        assert repr(qb.continuations([*rows, *more])) == repr(shown) and not qb.continuations(more)
 
 
 # ---- other caches ----

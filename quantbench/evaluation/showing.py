@@ -100,19 +100,19 @@ def _draw(ax: plt.Axes, panel: list[Scored]) -> None:
 
 
 def continuations(run: Iterable) -> Tables:
-    """The greedy texts of a run, a table per model and prompt, each setting's longest: what it has in common with the
-    first one's, and how it goes on. The first is the qualities' reference where it wrote."""
+    """The greedy texts of a run that continue a prompt by itself, a table per model and prompt, each setting's longest:
+    what it has in common with the first one's (the qualities' reference where it wrote), and how it goes on."""
     run, together, tables = Run.of(run), {}, []
     references = {(one.model, one.reference) for one in run.qualities}
     for cell in cells(run):
-        if cell.row.text is not None and cell.row.status == "ok" and cell.row.cache == "default":
+        if cell.row.text is not None and cell.row.status == "ok" and cell.row.work[1:5] == ("default", 0, 0, 1):
             together.setdefault((cell.model, cell.row.prompt), {})[cell.setting] = cell  # cells come by length
     for (model, prompt), found in together.items():
         texts = sorted(found.values(), key=lambda cell: (cell.row.model, cell.row.setting) not in references)
         parts = [(cell.setting, *_divided(cell.row.text, texts[0].row.text)) for cell in texts]
         frame = pd.DataFrame(parts, columns=["Setting", f"As {texts[0].setting} wrote", "And on"])
         tables.append(Table(frame, [model, f"{prompt} …"]))
-    return Tables(tables, empty="no texts: random weights write noise")
+    return Tables(tables, empty="no texts of a prompt by itself: random weights write noise")
 
 
 def _divided(text: str, first: str) -> tuple[str, str]:
