@@ -30,8 +30,7 @@ def ratios(run: Iterable[Measurement], baseline: str = BASELINES[0], figure: str
     """Every measured cell's tokens/sec, or another `figure` ("decode_tokens_per_s", "prefill_tokens_per_s"), over the
     baseline's: that setting, eager, of the same model, workload and machine (CPU FP32 where the usual one was not
     measured). Low and High are NaN where the two share too few rounds for a verdict, Ratio where they share none.
-    Raises ValueError for an unknown baseline or figure, naming the nearest.
-    """
+    Raises ValueError for an unknown baseline or figure, naming the nearest."""
     find_setting(baseline)
     if figure not in PER_SAMPLE:
         raise ValueError(unknown("figure", figure, PER_SAMPLE))
@@ -68,8 +67,7 @@ def findings(run: Iterable[Measurement]) -> Findings:
     what could not be measured, or not well. Models of which the same is to be said share a sentence.
 
     Speed and memory are of one workload: what most settings share, the longest of several, in rounds where some are.
-    Raises ValueError for a run of several machines.
-    """
+    Raises ValueError for a run of several machines."""
     named, said = cells(run), {}
     machine_of(cell.row for cell in named)
     for model in dict.fromkeys(cell.title for cell in named):

@@ -34,8 +34,7 @@ class LoadedModel(contextlib.AbstractContextManager):
     `model` is transformers' module, `audit` what was really quantised, `weights_bytes` its size with the
     quantisation state, `load_s` the seconds from local files to memory (downloads are not counted),
     `held_before_bytes` what the process held on the device before, `load_peak_bytes` the most above that while
-    loading (None: it cannot be told). A context manager: leaving it calls `close`.
-    """
+    loading (None: it cannot be told). A context manager: leaving it calls `close`."""
 
     def __init__(self, name: str, setting: Setting, status: str = "ok", reason: str | None = None) -> None:
         self.name, self.setting, self.device = name, setting, setting.device

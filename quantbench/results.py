@@ -15,8 +15,8 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 import quantbench
-from quantbench.records import SCHEMA, Measurement, Subject, records_in
-from quantbench.settings import expect
+from quantbench.records import FIGURES, SCHEMA, Measurement, Subject, records_in
+from quantbench.settings import expect, unknown
 from quantbench.wording import as_html, plain
 
 KINDS = ("measurement", "quality", "limits")  # a line's kind: the name of its public class in small letters
@@ -144,7 +144,11 @@ class Run:
         return new
 
     def only(self, **fields: object) -> Run:
-        """Its measurements with these attributes, and all else: `run.only(model="gpt2", engine="eager")`."""
+        """Its measurements with these attributes, and all else: `run.only(model="gpt2", engine="eager")`. Raises
+        ValueError for what is none, naming the nearest."""
+        known = {*Measurement.__dataclass_fields__, *FIGURES, "machine_name", "setting_label"}
+        if strange := fields.keys() - known:
+            raise ValueError(unknown("field", min(strange), sorted(known)))
         rows = [row for row in self if all(getattr(row, name) == value for name, value in fields.items())]
         return Run([*rows, *self.qualities, *self.limits])
 

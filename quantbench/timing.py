@@ -37,8 +37,7 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
 
     A model that could not be loaded, or that runs out of memory, gives a row that says so. Raises ValueError for
     a workload that cannot run (see `Workload`) or is over the model's context length, RuntimeError for a closed
-    model or a wrong token count.
-    """
+    model or a wrong token count."""
     expect(lm, LoadedModel, "generate takes what qb.load returns")
     workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s, prompt_tokens, depth, cache)
     cell = Timed(lm, workload, engine, clock)

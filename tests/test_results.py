@@ -69,6 +69,13 @@ def test_qualities_and_limits_stand_beside_the_measurements(path):
     assert len(run) == 1 and run[0].max_new_tokens == 64 and "1 measurements" in repr(run)
 
 
+def test_a_field_that_no_measurement_has_is_refused_with_the_nearest():
+    for run in (Run(), Run([A, QUALITY, LIMITS])):
+        with pytest.raises(ValueError, match="^unknown field 'modle'; did you mean 'model'"):
+            run.only(modle="gpt2")
+    assert list(Run([A, B]).only(machine_name="", gpus=1, tokens_per_s=8.0, setting_label="CPU FP32")) == [A]
+
+
 def test_replacing_a_cells_rows_drops_the_lengths_it_no_longer_has(path):
     run = Run.open(path)
     other = dataclasses.replace(A, setting="cpu-int8")
