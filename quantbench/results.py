@@ -144,13 +144,13 @@ class Run:
         return new
 
     def only(self, **fields: object) -> Run:
-        """Its measurements with these attributes, and all else: `run.only(model="gpt2", engine="eager")`. Raises
-        ValueError for what is none, naming the nearest."""
+        """Its measurements with these attributes, `run.only(model="gpt2", engine="eager")`, and what else does not
+        differ in one of them. Raises ValueError for what no measurement has, naming the nearest."""
         known = {*Measurement.__dataclass_fields__, *FIGURES, "machine_name", "setting_label"}
         if strange := fields.keys() - known:
             raise ValueError(unknown("field", min(strange), sorted(known)))
-        rows = [row for row in self if all(getattr(row, name) == value for name, value in fields.items())]
-        return Run([*rows, *self.qualities, *self.limits])
+        return Run(one for one in self._records.values()
+                   if all(getattr(one, name, value) == value for name, value in fields.items()))
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write all records to `path` as JSON lines, whole or not at all; return it."""

@@ -69,6 +69,16 @@ def test_qualities_and_limits_stand_beside_the_measurements(path):
     assert len(run) == 1 and run[0].max_new_tokens == 64 and "1 measurements" in repr(run)
 
 
+def test_a_part_of_a_run_holds_no_other_machines_or_models_qualities_and_limits():
+    there = [dataclasses.replace(one, machine={"cpu": "There"}) for one in (A, B, QUALITY, LIMITS)]
+    other = [dataclasses.replace(one, model="distilgpt2") for one in (A, QUALITY)]
+    run = Run([A, B, QUALITY, LIMITS, *there, *other])
+    found = run.only(machine_name="There")
+    assert [*found, *found.qualities, *found.limits] == there
+    assert qb.quality_findings(found) and [one.model for one in run.only(model="distilgpt2").qualities] == ["distilgpt2"]
+    assert len(run.only(model="distilgpt2").limits) == 2 and len(run.only(engine="eager").qualities) == 3
+
+
 def test_a_field_that_no_measurement_has_is_refused_with_the_nearest():
     for run in (Run(), Run([A, QUALITY, LIMITS])):
         with pytest.raises(ValueError, match="^unknown field 'modle'; did you mean 'model'"):
