@@ -89,6 +89,13 @@ def added(code: str, home: ModuleType) -> dict:
     return names
 
 
+def test_the_places_that_contributing_names_are_there():
+    named = re.findall(r"`(\w+)` in `(?:quantbench/)?(\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) >= 9
+    for name, file in named:
+        assert re.search(rf"^(?:class |def )?{name}\b", (ROOT / "quantbench" / file).read_text(), re.MULTILINE), name
+
+
 def test_what_contributing_shows_works(tiny_gpt2, tmp_path, registries, monkeypatch):
     row, quantiser, figure, chart, engine = blocks("CONTRIBUTING.md")
     for home, code in ((quantisers, quantiser), (charts, chart), (decode, engine)):
