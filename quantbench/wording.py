@@ -51,5 +51,5 @@ def rounded(count: float) -> int:
 
 
 def span(interval: Sequence[float], digits: str) -> str:
-    """ "0.95–1.04", each end formatted with `digits`, such as ".2f"."""
-    return f"{interval[0]:{digits}}–{interval[-1]:{digits}}"
+    """ "0.95–1.04", each end formatted with `digits`, such as ".2f"; "1.00" where both are the same then."""
+    return "–".join(dict.fromkeys(f"{end:{digits}}" for end in (interval[0], interval[-1])))

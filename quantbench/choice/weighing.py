@@ -123,7 +123,7 @@ def _held(cell: Cell, read: Quality | None, asked: dict) -> tuple[list[str], lis
         if low is None:
             doubts += [f"unknown {what}"] * ((least, most) != (0, inf))
             continue
-        said = f"{f'{low:{digits}}' if low == high else span((low, high), digits)} {what}"
+        said = f"{span((low, high), digits)} {what}"
         if high < least or low > most:
             broken.append(said)
         elif low < least or most < high:
