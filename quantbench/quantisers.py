@@ -1,7 +1,6 @@
 """The ways of quantising: one entry each. What loads, audits, estimates, captures, traces and draws asks the entry.
 
-Nothing here imports torch before a model is at hand, so that what shows results can ask too.
-"""
+Nothing here imports torch before a model is at hand, so that what shows results can ask too."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 class Quantiser:
     """The entry that leaves a model as it is; every other one says how it differs. Add an instance to `QUANTISERS`.
 
-    `package` must be installed; `promise` is what `details` of each of its modules must be under a setting.
-    """
+    `package` must be installed; `promise` is what `details` of each of its modules must be under a setting."""
 
     package: str | None = None
     hue: str | None = None  # of its settings in charts, "int8" or "int4"; None: the dtype's

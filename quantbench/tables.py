@@ -90,8 +90,7 @@ class Tables(list[Table]):
 def table(run: Iterable[Measurement]) -> pd.DataFrame:
     """One row per measurement, the published columns first; numbers stay numbers, NaN where there is none.
 
-    Sorted by model as they first came, then by setting, then by length. A cell that could not run keeps its row.
-    """
+    Sorted by model as they first came, then by setting, then by length. A cell that could not run keeps its row."""
     return view(_frame(cells(run)), [], _DECIMALS)
 
 

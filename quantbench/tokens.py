@@ -80,8 +80,7 @@ class StandInTokenizer:
     """For a model whose tokenizer is not there: words to ids, the right number of them, always the same.
 
     It splits as GPT-2's first step does (a word with its leading space, punctuation, blanks) and hashes each piece,
-    so a prompt of common words has as many tokens as it would have. There is no way back to text.
-    """
+    so a prompt of common words has as many tokens as it would have. There is no way back to text."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

@@ -31,8 +31,7 @@ class Source:
 
     `weights` is one of WEIGHTS; `revision` the Hub commit, the package's version, the seed or the files' digest;
     `folder` holds a transformers checkpoint (None for random and unconverted weights: see `checkpoint`); `gguf`, or
-    `like`, a folder with configuration and tokenizer, or `config` alone say how to make one.
-    """
+    `like`, a folder with configuration and tokenizer, or `config` alone say how to make one."""
 
     name: str
     weights: str
@@ -69,8 +68,7 @@ def find(model: str | os.PathLike, weights: str | None = None) -> Source:
 
     `weights="random"` asks for seeded random weights even where real ones can be had, and leaves out a checkpoint's own
     quantisation. Raises ValueError for a name that is nothing known, and where real weights cannot be had; only a row
-    of MODELS has random ones instead, where the Hub cannot be reached: a warning says why.
-    """
+    of MODELS has random ones instead, where the Hub cannot be reached: a warning says why."""
     name = check_name(model, weights)
     if _is_folder(name):
         return importlib.import_module(FOLDERS).local(name, Path(name).expanduser(), weights)

@@ -15,6 +15,7 @@ from quantbench import inspection
 from quantbench.choice.weighing import load_line
 from quantbench.choice.fitting import CONTEXT, DEVICES, estimates
 from quantbench.records import Measurement
+from quantbench.settings import SETTINGS
 from quantbench.weights import checkpoint, find
 
 EVERY_CPU = (*CPU_SETTINGS, "cpu-int8-weights", "cpu-int4-weights")
@@ -189,6 +190,81 @@ def test_quality_is_read_from_the_fastest_on_until_it_cannot_matter(monkeypatch)
         monkeypatch.setattr(qb, name, stub, raising=False)
     assert qb.choose("gpt2", run=run).answer == "cpu-int8" and asked == ["cpu-int4", "cpu-int8"]
     assert qb.choose("gpt2", run=run, keep=0.8).answer == "cpu-int4" and len(asked) == 2  # nothing is read twice
+
+
+@pytest.mark.parametrize("change, limits, said", [
+    ({"setting": "gpu-gguf", "vram_peak_bytes": None}, {"vram_gb": 0.01}, "unknown GB of VRAM"),
+    ({"setting": "gpu-fp16-offload", "weights_bytes": 10**9}, {"ram_gb": 0.5}, "1.000 GB of RAM"),
+    ({"setting": "gpu-fp16-offload", "weights_bytes": 10**9, "vram_peak_bytes": 10**8}, {"ram_gb": 2, "vram_gb": 4}, None)])
+def test_memory_is_held_against_the_limit_of_where_it_is(change, limits, said):
+    base, row = rows({"gpu-fp16": 100, "gpu-int4-fp4": 133}, MEMORY)
+    choice = qb.choose([base, replace(row, **change)], keep=None, **limits)
+    assert choice.answer == (change["setting"] if said is None else "gpu-fp16" if "ram_gb" in limits else None)
+    assert said is None or said in choice.ranked.loc[change["setting"], "Why"]
+
+
+@pytest.mark.parametrize("limits, said", [
+    ({"ttft_s": 1}, "s to the first token, in 4 rounds too few to tell"), ({"ttft_s": 1e-4}, "too few to tell"),
+    ({"min_tokens_per_s": 5}, "tokens/s, in 4 rounds too few to tell")])
+def test_too_few_samples_for_an_interval_meet_no_limit_and_break_none(limits, said):
+    choice = qb.choose(qb.Run(rows({"gpu-fp16": 100}, MEMORY, rounds=4)), **limits)
+    assert choice.answer is None and said in repr(choice.why) and choice.ranked.loc["gpu-fp16", "Verdict"] == "not decided"
+
+
+def test_qualities_are_of_one_text_and_reference_and_what_failed_is_out():
+    run = measured(SPEEDS, MEMORY)
+    other = replace(read("gpu-int4-fp4", 1.1), text_sha256="another text")  # the later one, of this setting alone
+    assert qb.choose(qb.Run([*run, *run.qualities, other])).answer == "gpu-int4"
+    wrong = replace(read("gpu-int4", 0.994), status="failed", reason="logits are not finite", accuracy_kept=None,
+                    accuracy_kept_ci=None)
+    failed = qb.choose(qb.Run([*run, *run.qualities, wrong]))
+    assert failed.answer == "gpu-int8" and "quality failed: logits are not finite" in failed.ranked.loc["gpu-int4", "Why"]
+    untold = qb.choose(qb.Run([*run, *run.qualities, replace(wrong, status="out_of_memory", reason="9 GB")]))
+    assert untold.answer == "gpu-int8" and untold.ranked.loc["gpu-int4", "Verdict"] == "not decided"
+    assert untold.unread == []
+
+
+def test_what_shares_no_rounds_with_the_answer_is_no_tie():
+    """The answer is the smaller of two that tie; the third was in rounds with the faster of them alone."""
+    fast, small, third = rows({"gpu-fp16": 100, "gpu-int4": 99.9, "gpu-int8": 99.8}, MEMORY, noise=0.002, rounds=12)
+    half = {name: getattr(small, name)[:6] for name in ("latencies_s", "first_token_s", "rounds")}
+    late = {name: getattr(third, name)[6:] for name in ("latencies_s", "first_token_s", "rounds")}
+    choice = qb.choose([fast, replace(small, **half), replace(third, **late)], keep=None)
+    assert choice.answer == "gpu-int4"
+    assert choice.ranked.loc["gpu-int8", "Verdict"] == "not decided"
+    assert choice.ranked.loc["gpu-int8", "Why"] == "0 rounds shared with GPU INT4, 6 would tell"
+
+
+def test_three_of_a_kind_are_named_and_the_others_counted():
+    speeds = dict.fromkeys([key for key, one in SETTINGS.items() if one.device == "cuda"], 10) | {"gpu-fp16": 100}
+    slow = next(line for line in qb.choose(qb.Run(rows(speeds, dict.fromkeys(speeds, 1.0))), keep=None).why
+                if line.startswith("Slower: "))
+    assert slow.count("GPU ") == 2 * 3 and slow.endswith(f"{len(speeds) - 4} more, in the table.")
+
+
+def test_of_real_and_random_weights_of_a_model_the_real_ones_are_judged():
+    real, random_ = measured(SPEEDS, MEMORY), [*rows(SPEEDS, MEMORY, weights="random", seed=1)]
+    both = qb.choose(qb.Run([*random_, *real, *real.qualities]))
+    assert both.answer == "gpu-int4" and "random" not in repr(both) and len(both.ranked) == len(SPEEDS)
+
+
+@pytest.mark.parametrize("change, line", [
+    ({"gpus": 2}, "lm = qb.load('m/m', 'gpu-fp16', 'pretrained', gpus=2)"),
+    ({"setting": "gpu-fp16-offload"}, "lm = qb.load('m/m', 'gpu-fp16-offload', 'pretrained')"),
+    ({"setting": "cpu-gguf", "model": "~/x.gguf"}, "lm = qb.load('~/x.gguf', 'cpu-gguf', 'pretrained')"),
+    ({"model": "./x.gguf"}, "lm = qb.load('./x.gguf', 'gpu-fp16', 'pretrained')"),
+    ({"setting": "cpu-bf16", "engine": "graph", "weights": "random"},
+     "lm = qb.load('m/m', 'cpu-bf16', 'random')\n# measured by qb.generate(..., engine='graph')"),
+    ({"setting": "gpu-int3"}, "# gpu-int3 is a setting of another quantbench")])
+def test_what_transformers_alone_does_not_load_is_loaded_by_quantbench(change, line):
+    asked = {"model": "m/m", "setting": "gpu-fp16", "max_new_tokens": 4, "weights": "pretrained"} | change
+    assert load_line(Measurement(**asked)) == line
+
+
+def test_transformers_is_given_a_folder_that_it_finds(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert "from_pretrained(\n    '/home/me/m'," in load_line(
+        Measurement(model="~/m", setting="gpu-fp16", max_new_tokens=4, weights="pretrained"))
 
 
 def test_half_of_the_published_grid_gives_its_answer():

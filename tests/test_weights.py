@@ -311,7 +311,7 @@ def test_a_hub_out_of_reach_costs_one_deadline_and_gpt2_says_why_it_is_random(of
             find("someone/something")
         with pytest.warns(UserWarning, match=f"gpt2: random weights, because .*{cause}"):
             assert find("gpt2").weights == "random"
-        assert not hub.answers() and time.monotonic() - start < 2  # asked once
+        assert time.monotonic() - start < 2  # asked once
 
 
 @pytest.mark.parametrize("status, cause", [
@@ -322,7 +322,7 @@ def test_what_the_hub_refuses_is_refused_in_a_sentence_unless_the_cache_has_it(o
         online(monkeypatch, address)
         with pytest.raises(ValueError, match=cause) as error:
             find("gpt2")
-        assert len(str(error.value)) < 200 and hub.answers()
+        assert len(str(error.value)) < 200
         cached(offline, MODELS["gpt2"].hub, "config.json", "model.safetensors")
         assert find("gpt2").revision == COMMIT
 
@@ -330,4 +330,5 @@ def test_what_the_hub_refuses_is_refused_in_a_sentence_unless_the_cache_has_it(o
 @pytest.mark.parametrize("address", ["", "hub.local", "http://127.0.0.1:1"])
 def test_an_address_that_leads_nowhere_does_not_answer(monkeypatch, address):
     online(monkeypatch, address)
-    assert not hub.answers()
+    with pytest.raises(ValueError, match="no weights for 'someone/something': the Hub cannot be reached"):
+        find("someone/something")

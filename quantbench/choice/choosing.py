@@ -28,8 +28,7 @@ def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, 
     these alone, and the baseline. `engine`: what measures, one or several (see `generate`). `price_per_hour` of the
     machine, in any currency, adds that of a million tokens.
     `stop` and `progress` are `sweep`'s: once stopped, it judges what is there. Raises ValueError for several models or
-    machines, and for a mistake in an argument.
-    """
+    machines, and for a mistake in an argument."""
     given = {"vram_gb": vram_gb, "ram_gb": ram_gb, "ttft_s": ttft_s, "min_tokens_per_s": min_tokens_per_s, "keep": keep,
              "price_per_hour": price_per_hour}
     asked = {name: (0 if name in ("min_tokens_per_s", "keep") else inf) if limit is None else
@@ -58,7 +57,8 @@ def _plan(name: str, asked: dict, batch_size: int, settings: list[str] | None,
     device = SETTINGS[base].device if base else "cuda" if qb.facts().get("gpu") else "cpu"
     wanted = settings or [key for key, one in found.items() if one.setting.device == device]
     for one in (found[key] for key in wanted if key in found):
-        limit, rate = asked["vram_gb" if one.setting.device == "cuda" else "ram_gb"], batch_size / one.floor_s
+        held_in = "vram_gb" if one.setting.device == "cuda" and not one.setting.offload else "ram_gb"
+        limit, rate = asked[held_in], batch_size / one.floor_s
         if one.why or one.weights / 1e9 > BELIEVED * limit or BELIEVED * rate < asked["min_tokens_per_s"]:
             ruled_out[one.setting.key] = one.why or (f"by estimate, {one.weights / 1e9:.3g} GB of weights" +
                                                      f" and at most {rate:.3g} tokens/s" * (rate == rate))

@@ -1,7 +1,6 @@
 """Quality of a setting: perplexity, and token by token against a reference. Never inside a timed region."""
 
 import hashlib
-import importlib
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -17,7 +16,6 @@ from quantbench.intervals import LEAST, Interval
 from quantbench.loading import LoadedModel, StandInTokenizer, context_length
 from quantbench.quantisers import QUANTISERS
 from quantbench.settings import CACHES, MOST_SAMPLES, expect, whole
-from quantbench.weights import HUB
 
 LEAST_TOKENS = 32  # of a text that is worth a number
 MOST_BYTES = 2 * 10**9  # of a reference's log-probabilities: 3,000 tokens of the largest vocabularies
@@ -65,8 +63,7 @@ def quality(lm: LoadedModel, reference: LoadedModel | Reference | None = None, t
     a `cache` (see `Workload`) other than the default, always: the reference has the whole of its keys and values.
 
     A model that was not loaded, runs out of memory, or gives logits that are not finite, gives a `Quality` that says
-    so. Raises ValueError for random weights, which have no quality, and for what cannot be evaluated or compared.
-    """
+    so. Raises ValueError for random weights, which have no quality, and for what cannot be evaluated or compared."""
     CACHES.find(cache)
     if expect(lm, LoadedModel, "quality takes what qb.load returns").status != "ok":
         return Quality(**_whose(lm), cache=cache, status=lm.status, reason=lm.reason)
@@ -108,8 +105,7 @@ def find_text(text: str | None = None) -> tuple[str, str]:
     from huggingface_hub import hf_hub_download
     from pyarrow import parquet
 
-    path = hf_hub_download("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet", repo_type="dataset",
-                           local_files_only=not importlib.import_module(HUB).answers())
+    path = hf_hub_download("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet", repo_type="dataset")
     return text, "\n\n".join(parquet.read_table(path)["text"].to_pylist())  # as for GPT-2's published figures
 
 
@@ -173,8 +169,7 @@ def _values(lm: LoadedModel, windows: list[Window], cache: str | bool, kept: lis
     choice, KL(reference || this) (nats), whether both have the same first choice, whether it was the reference's.
 
     `kept`, the reference's log-probabilities and first choices, is filled where it is empty: by the reference's pass.
-    `cache` is what holds keys and values from token to token; False: each window is read in one pass.
-    """
+    `cache` is what holds keys and values from token to token; False: each window is read in one pass."""
     title, filling, reading = f"{lm.name} · {lm.setting.label} · quality", kept == [], iter(kept or ())
     for seen, scored in tqdm(windows, desc=title, unit="window", leave=False, disable=not progress):
         ids = seen.to(lm.model.device)

@@ -16,8 +16,7 @@ class Quality(Subject):
 
     `status` is "ok", "failed" (logits that are not finite), or what kept the model from being loaded or run, with its
     `reason`; then there are no figures. Definitions as in llama.cpp's perplexity tool, but shares are no per cent, and
-    intervals are 95% intervals over windows of the text, None below 6 (see `passes.ratio`).
-    """
+    intervals are 95% intervals over windows of the text, None below 6 (see `passes.ratio`)."""
 
     model: Name
     setting: Name

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_session, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError
-from huggingface_hub.utils import hf_raise_for_status
 
 from quantbench.settings import MODELS, unknown
 from quantbench.weights import TOKENIZERS, NoHub
@@ -44,15 +43,6 @@ def snapshot(name: str, repo: str, config_alone: bool) -> tuple[Path, OSError | 
     except Exception as error:  # of HTTP, of the disk, of the cache
         raise why or ValueError(f"{repo!r} could not be downloaded: {cut(error, 200)}") from None
     return Path(folder), why
-
-
-def answers() -> bool:
-    """Whether the Hub can be reached."""
-    try:
-        ask(lambda: hf_raise_for_status(get_session().head(constants.ENDPOINT)))
-    except OSError as error:  # another one is an answer, if not a kind one
-        return not isinstance(error, NoHub)
-    return True
 
 
 def ask(work: Callable) -> object:

@@ -1,7 +1,6 @@
 """The limits of a device as plain data, and the least time that a decode step or a prefill can take under them.
 
-The roofline of Williams, Waterman and Patterson (2009), over rates that `limits` measured on the same machine.
-"""
+The roofline of Williams, Waterman and Patterson (2009), over rates that `limits` measured on the same machine."""
 
 from dataclasses import field
 from typing import Annotated, Literal, NamedTuple
@@ -56,8 +55,7 @@ def floor(row: Measurement, limits: Limits | None, part: str = "step") -> Floor 
     Both read the weights once for the whole batch, and the KV cache: a step at its mean length. Products are 2
     operations per weight and token: in a prefill without the head, which it needs for the last token alone. Their rate
     is the better one of the weights' dtype and the arithmetic's. Offloaded weights cross the bus, all in every pass.
-    GPUs that share the layers read one after the other: their number changes nothing.
-    """
+    GPUs that share the layers read one after the other: their number changes nothing."""
     audit, names = row.audit or {}, ("step_bytes", "step_products", "kv_bytes_per_token", "embedding_bytes")
     reads, products, cache, tables = map(audit.get, names)
     if None in (limits, reads, products, cache, tables, row.prompt_tokens, row.new_tokens):

@@ -37,8 +37,7 @@ def trace(lm: LoadedModel, row: Measurement) -> Measurement:
 
     `device_s` is the time in which the device worked: the union of a GPU's kernels, or the time inside torch's
     operators on a CPU. `kinds` divides it into "products" with weights, "quantised" ones by the quantiser's own
-    kernels, "attention", "quantisation" outside a product, and "other". `kernels` counts kernels, or operators.
-    """
+    kernels, "attention", "quantisation" outside a product, and "other". `kernels` counts kernels, or operators."""
     expect(lm, LoadedModel, "trace takes what qb.load returns")
     if (expect(row, Measurement, "trace takes a row").model, row.setting) != (lm.name, lm.setting.key):
         raise ValueError(f"trace takes a row of {lm!r}, not of {row.model} · {row.setting_label}")

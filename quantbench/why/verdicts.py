@@ -48,8 +48,7 @@ def verdict(row: Measurement, limits: Limits | None, part: str = "step") -> Verd
     more work than the row has time.
 
     What a product takes above the floor counts as dequantisation where its weights are quantised, as compute where they
-    are not; all that is no product is overhead, as the time without work is: a faster product would not shorten it.
-    """
+    are not; all that is no product is overhead, as the time without work is: a faster product would not shorten it."""
     expect(limits, Limits | None, "limits must be what qb.limits returns")
     trace, least = expect(row, Measurement, "a verdict is on a row").trace or {}, floor(row, limits, part)
     seen = trace.get(part) or {}
