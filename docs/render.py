@@ -21,6 +21,7 @@ PUBLISHED = ROOT / "results" / "published"
 FIRST_EDITION = (" These rows are of the first edition, whose graph engine joined kernels by hand and whose traces are "
                  "not read ([why](../docs/lab-notes.md)): verdicts come when they are measured anew.")
 FOLDERS = ("", "why", "methods", "engines", "prompts", "gpus")  # under PUBLISHED
+NAMED = 4  # settings in a sentence: of more their number
 STUDENT = "gpt2"  # the model whose speeds the front page says
 COSTS = {"Tokens/sec": 1, "VRAM (GB)": 3, "Weights (GB)": 3, "Top-1 agreement": 3, "Accuracy kept": 3}  # -> decimals
 
@@ -129,10 +130,10 @@ def library(name: str) -> str:
 
 
 def speed(run: qb.Run) -> str:
-    """Which settings are faster and slower than the baseline at the longest length, as far as rounds tell; else what
-    the findings say."""
-    run = eager(run)
-    found = qb.ratios(run).dropna(subset=["Low", "High"])
+    """Which settings are faster and slower than the baseline at the longest length, as far as rounds tell, and the most
+    that each other engine makes of one; else what the findings say."""
+    every, run = qb.ratios(run).dropna(subset=["Low", "High"]), eager(run)
+    found = every[every["Engine"] == "eager"]
     if found.empty:
         return markdown_text(qb.findings(run)[0])
     verdicts = {"faster": "faster than", "slower": "slower than", "tie": "a tie with"}
@@ -141,8 +142,13 @@ def speed(run: qb.Run) -> str:
     said = []
     for verdict, rows in found[found["Workload"] == length].groupby("Verdict", sort=False):
         times = dict.fromkeys(f"{end:.2f}" for end in (rows["Ratio"].min(), rows["Ratio"].max()))
-        said.append(f"{listed(list(rows['Setting']))} {'are' if len(rows) > 1 else 'is'} {verdicts[verdict]} {base} "
+        named = listed(list(rows["Setting"])) if len(rows) <= NAMED else f"{len(rows)} settings"
+        said.append(f"{named} {'are' if len(rows) > 1 else 'is'} {verdicts[verdict]} {base} "
                     f"({' to '.join(times)} times)")
+    for engine, rows in every[(every["Workload"] == length) & (every["Engine"] != "eager")].groupby("Engine"):
+        best = rows.loc[rows["Ratio"].idxmax()]
+        said.append(f"the most in {engine} is {best['Setting']}, {best['Ratio']:.1f} "
+                    f"({span((best['Low'], best['High']), '.1f')}) times {base} in eager")
     return markdown_text(f"{cells(run)[0].title}, {length}: {'; '.join(said)}.")
 
 
