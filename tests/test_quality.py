@@ -350,6 +350,8 @@ def test_continuations_part_at_the_first_word_that_differs():
     for other in ({"prompt_length": 1024}, {"depth": 64}, {"batch_size": 4}, {"cache": "static"}):  # no prompt by itself
         more = [dataclasses.replace(row, text=" else", max_new_tokens=99, **other) for row in rows[::2]]
         assert repr(qb.continuations([*rows, *more])) == repr(shown) and not qb.continuations(more)
+    there = [dataclasses.replace(row, text=" else", machine={"cpu": "another"}) for row in rows[::2]]
+    assert repr(qb.continuations([*rows, *there])).startswith(repr(shown)) and len(qb.continuations([*rows, *there])) == 2
 
 
 # ---- other caches ----

@@ -100,18 +100,18 @@ def _draw(ax: plt.Axes, panel: list[Scored]) -> None:
 
 
 def continuations(run: Iterable) -> Tables:
-    """The greedy texts of a run that continue a prompt by itself, a table per model and prompt, each setting's longest:
-    what it has in common with the first one's (the qualities' reference where it wrote), and how it goes on."""
+    """The greedy texts of a run that continue a prompt by itself, a table per model, machine and prompt, each setting's
+    longest: what it shares with the first one's (the qualities' reference where it wrote), and how it goes on."""
     run, together, tables = Run.of(run), {}, []
     references = {(one.model, one.reference) for one in run.qualities}
-    for cell in cells(run):
+    for cell in cells(run):  # they come by length
         if cell.row.text is not None and cell.row.status == "ok" and cell.row.work[1:5] == ("default", 0, 0, 1):
-            together.setdefault((cell.model, cell.row.prompt), {})[cell.setting] = cell  # cells come by length
-    for (model, prompt), found in together.items():
+            together.setdefault((cell.model, f"{cell.row.prompt} …", cell.row.machine_name), {})[cell.setting] = cell
+    for place, found in together.items():
         texts = sorted(found.values(), key=lambda cell: (cell.row.model, cell.row.setting) not in references)
         parts = [(cell.setting, *_divided(cell.row.text, texts[0].row.text)) for cell in texts]
         frame = pd.DataFrame(parts, columns=["Setting", f"As {texts[0].setting} wrote", "And on"])
-        tables.append(Table(frame, [model, f"{prompt} …"]))
+        tables.append(Table(frame, [*filter(None, place)]))
     return Tables(tables, empty="no texts of a prompt by itself: random weights write noise")
 
 
