@@ -267,6 +267,8 @@ def test_which_setting_answers_first_and_where_they_change_places():
     assert len(qb.plot_prompts(rows).axes) == 3
     both = [*rows, *(dataclasses.replace(row, max_new_tokens=5) for row in rows)]  # answers of another length
     assert [one.count("CPU FP32") for one in qb.prompt_findings(both)] == [1] * 4 and len(qb.plot_prompts(both).axes) == 6
+    own = [dataclasses.replace(row, prompt_length=None) for row in rows if row.prompt_length == 12]  # as many of another
+    assert qb.prompt_findings([*own, *rows]) == qb.prompt_findings(rows)
     table = qb.prompt_table(rows)
     assert "7960.2–8000.0" in repr(qb.show(table)) and "Depth" not in repr(qb.show(table))
     assert table["Prefill tokens/sec"].iloc[0] == pytest.approx(10_000, rel=0.01)

@@ -28,11 +28,10 @@ def prompt_table(run: Iterable[Measurement]) -> pd.DataFrame:
              *(part for rate in RATES for part in (getattr(cell.row, rate), median_interval(cell.row.rates(rate)))))
             for cell in cells(run) if cell.measured]
     names = [name for rate in RATES for name in (FIGURES[rate], f"{FIGURES[rate]} 95%")]
-    numbers = dict.fromkeys(["Prompt tokens", "Batch", "Depth", FIGURES["cache_per_token"]], 0)
-    numbers |= {FIGURES["ttft_s"]: 3} | dict.fromkeys(names, 1)
+    numbers = dict.fromkeys(["Prompt tokens", "Batch", "Depth", FIGURES["cache_per_token"]], 0) | {FIGURES["ttft_s"]: 3}
     columns = ["Model", "Setting", "Prompt tokens", "Batch", "Depth", "Cache",
                *map(FIGURES.get, ("cache_per_token", "ttft_s")), *names]
-    return view(pd.DataFrame(rows, columns=columns).set_index("Model"), [], numbers)
+    return view(pd.DataFrame(rows, columns=columns).set_index("Model"), [], numbers | dict.fromkeys(names, 1))
 
 
 def prompt_findings(run: Iterable[Measurement]) -> Findings:
@@ -89,7 +88,8 @@ def _groups(named: list[Cell]) -> Groups:
                             *[f"{row.cache} cache"] * (row.cache != "default"),
                             *[f"{row.max_new_tokens:,} new tokens"] * several])
         found.setdefault((cell.title, shared), {}).setdefault(row.prompt_tokens, []).append(cell)
-    return {place: dict(sorted(lengths.items())) for place, lengths in found.items() if len(lengths) > 1}
+    return {place: {length: [one for one in some if one.row.prompt_length] or some for length, some in sorted(
+            lengths.items())} for place, lengths in found.items() if len(lengths) > 1}  # lengths asked for: of one text
 
 
 def _name(cell: Cell) -> str:
