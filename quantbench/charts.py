@@ -39,9 +39,8 @@ Panels = dict[tuple[str, str], dict[str, list[Bar]]]  # (model, title) -> label 
 
 
 class Chart(NamedTuple):
-    """A chart as one entry: its tab in the panel, its title, and which figures of a row it draws: a value, its
-    interval, a part of it (drawn alone where there is no value). `together`: a model's workloads share a panel; `best`
-    of two values comes first."""
+    """A chart as one entry: its tab in the panel, its title, and a row's figures that it draws: value, interval, a part
+    of it (alone where there is no value). `together`: workloads share a panel; `best` of two values comes first."""
 
     tab: str
     title: str

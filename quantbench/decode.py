@@ -69,8 +69,7 @@ find_engine = ENGINES.find
 
 
 def inputs_of(lm: LoadedModel, workload: Workload) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` of a workload on the device, each [batch, depth + prompt tokens], and its cache,
-    empty, as `past_key_values`."""
+    """A workload's `input_ids` and `attention_mask`, each [batch, depth + prompt], and empty `past_key_values`."""
     ids = lm.encode(workload.prompt)["input_ids"]
     if wanted := workload.depth + (workload.prompt_tokens or 0):
         text = lm.encode(TEXT.read_text(encoding="utf-8"))["input_ids"]

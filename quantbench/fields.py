@@ -33,9 +33,10 @@ Machine = _typed(
     gpu_visible=Name | None)
 Audit = _typed(
     "Audit", quantiser=Name, quantised=Count, quantised_bytes=Count, embedding_bytes=Count, step_bytes=Count,
-    step_products=Count, crossing_bytes=Count, kv_bytes_per_token=Count, left=Tally, kept=Tally, storage_dtype=Name,
-    compute_dtype=Name, gpu_bytes=Annotated[list[Count], Many] | None,  # of each, where several share the weights
-    bytes=Tally, details=Annotated[dict[Name, bool | Size | float | Name | None], Many], **{"class": Name | None})
+    step_products=Count, crossing_bytes=Count, kv_bytes_per_token=Count, kv_state_bytes=Count, kv_windows=Tally,
+    left=Tally, kept=Tally, storage_dtype=Name, compute_dtype=Name, bytes=Tally,
+    gpu_bytes=Annotated[list[Count], Many] | None,  # of each, where several share the weights
+    details=Annotated[dict[Name, bool | Size | float | Name | None], Many], **{"class": Name | None})
 Reading = _typed(
     "Reading", load_average=Amount | None, cpu_busy=Amount | None, idle_w=float | None, gpu_busy=Amount | None,
     sm_mhz=Count | None, memory_mhz=Count | None, celsius=Count | None, throttled=Annotated[list[Name], Many] | None)

@@ -1,13 +1,11 @@
 """What a model is under a setting: proved on a loaded one, estimated from shapes before anything is loaded."""
 
-import contextlib
 import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
 import torch
-import transformers
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -15,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantbench.quantisers import ITEMSIZE, QUANTISERS, find_quantiser, name_of
 from quantbench.settings import Setting
+from quantbench.weights import quiet
 from quantbench.wording import listed
 
 LOOK = (2, 3)  # tokens that a model on the meta device reads, to see what its cache holds of each
@@ -35,8 +34,7 @@ def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
     which `get_memory_footprint` misses. `embedding_bytes` is what embeddings and an unquantised head hold of it;
     `step_bytes` what one decode step of one sequence must read: all but tables of which it reads a row, and of experts
     those that a token uses; `step_products` how many weights it multiplies by. To be called right after load:
-    bitsandbytes repacks weights in its first forward.
-    """
+    bitsandbytes repacks weights in its first forward."""
     owners, classes, left, kept, total, gpus, sizes, details = _looked_through(model)
     told = details[0] if details else {}
     return {
@@ -102,20 +100,6 @@ def check(found: dict, setting: Setting) -> None:
         raise AuditError(f"{setting.label}: {wrong}")
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar per weight file, no advice: the notebook shows one line per load."""
-    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
 def on_meta(config: PretrainedConfig) -> nn.Module:
     """The model as shapes alone, kept for the next who asks. Of more than MANY layers, MANY are built, and `stands_for`
     says how many of the model's layers each of them is."""
@@ -164,26 +148,32 @@ def load_estimate(model: nn.Module, setting: Setting) -> int:
 
 
 @torch.no_grad()
-def cache_bytes_per_token(model: nn.Module, itemsize: int) -> int:
-    """Bytes that one token of one sequence adds to transformers' own cache, asked of a model of `on_meta`, which
-    computes shapes only: multi-query, latent and hybrid attention count what they hold. Raises RuntimeError for the few
-    that read values on their way, which a loaded model can be asked for."""
-    held = []
+def cache_sizes(model: nn.Module, itemsize: int) -> dict:
+    """What transformers' own cache holds of a sequence, for `cache_bytes`: told by the shapes of a model of `on_meta`,
+    whatever its attention. Raises RuntimeError for the few that read values on their way: a loaded one can be asked."""
+    caches, windows, times = [], Counter(), getattr(model, "stands_for", 1)
     for tokens in LOOK:
         out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True)
-        held.append(held_in(out.get("past_key_values"), itemsize))
-    return int((held[1] - held[0]) // itemsize * getattr(model, "stands_for", 1)) * itemsize
+        names = "past_key_values", "cache_params", "state"  # the last two of models that have states alone
+        caches.append(next((out[name] for name in names if out.get(name) is not None), None))
+    two, three = (held_in(cache, itemsize) for cache in caches)
+    for before, after in zip(*(getattr(cache, "layers", ()) for cache in caches)):
+        if width := getattr(after, "sliding_window", None):  # the last token is not among those that are kept
+            windows[str(width - 1)] += round(times * (held_in(after, itemsize) - held_in(before, itemsize)))
+    return {"kv_bytes_per_token": round(times * (three - two)), "kv_windows": dict(windows),
+            "kv_state_bytes": round(times * (two - LOOK[0] * (three - two)))}
+
+
+def cache_bytes(audit: dict, tokens: int) -> int:
+    """Bytes after so many tokens of one sequence: states, and every token's keys and values that no window left."""
+    left = sum(size * max(tokens - int(width), 0) for width, size in audit["kv_windows"].items())
+    return audit["kv_state_bytes"] + audit["kv_bytes_per_token"] * tokens - left
 
 
 def held_in(cache: object, itemsize: int = 0) -> int:
-    """Bytes of every tensor inside a cache, counters apart: of its own dtype, or of `itemsize` bytes a value."""
-    return sum(one.numel() * (itemsize or one.itemsize) for one in set(_cached(cache)) if one.dim() > 1)
-
-
-def need_memory(needed: int, free: int, what: str) -> None:
-    """Raise MemoryError, with both figures, if `needed` bytes are more than are `free`."""
-    if needed > free:
-        raise MemoryError(f"{what} would need about {needed:,} bytes, and {free:,} are free: not tried")
+    """Bytes of all tensors inside a cache, counters apart; `itemsize` is that of what has the dtype of `on_meta`."""
+    sizes = {torch.bfloat16: itemsize} if itemsize else {}
+    return sum(one.numel() * sizes.get(one.dtype, one.itemsize) for one in set(_cached(cache)) if one.dim() > 1)
 
 
 def _cached(found: object, depth: int = 0) -> Iterator[torch.Tensor]:

@@ -17,11 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.pytorch_utils import Conv1D
 
 from quantbench import machine, quantisers
-from quantbench.inspection import (
-    AuditError, audit, cache_bytes_per_token, check, load_estimate, need_memory, on_meta, quiet)
+from quantbench.inspection import AuditError, audit, cache_sizes, check, load_estimate, on_meta
 from quantbench.settings import Setting, find_setting, on_gpus
 from quantbench.tokens import StandInTokenizer, context_length, read_tokenizer, stop_tokens, tokens_of
-from quantbench.weights import Source, check_keys, check_name, checkpoint, config_of, find
+from quantbench.weights import Source, check_keys, check_name, checkpoint, config_of, find, quiet
 from quantbench.wording import cut
 
 LEFT_BEHIND = 2**20  # bytes that may stay allocated after close before it is worth a warning
@@ -38,6 +37,7 @@ class LoadedModel(contextlib.AbstractContextManager):
 
     def __init__(self, name: str, setting: Setting, status: str = "ok", reason: str | None = None) -> None:
         self.name, self.setting, self.device = name, setting, setting.device
+        self.way = quantisers.find_quantiser(setting.quantisation)
         self.status, self.reason = status, reason
         self.weights = self.revision = self.load_s = self.load_peak_bytes = None
         self.model = self.tokenizer = self.audit = self.weights_bytes = None
@@ -90,9 +90,7 @@ def load(model: str | os.PathLike, setting: str, weights: str | None = None, gpu
     layers, as accelerate's device map "balanced" places them: one works while the others wait. Raises ValueError for an
     unknown model or setting, and for a checkpoint that is damaged, incomplete, quantised itself or no causal language
     model; AuditError for a model that is not quantised as its setting says. What the machine cannot do (no GPU, no
-    memory, no package) does not raise: it is the `status` and `reason` of what is returned, and `generate` makes a row
-    of it.
-    """
+    memory, no package) does not raise: it is the returned `status` and `reason`, of which `generate` makes a row."""
     row, name = on_gpus(find_setting(setting), gpus, machine.facts()), check_name(model, weights)
     if reason := quantisers.why_not(row, machine.facts()):
         return LoadedModel(name, row, "unavailable", reason)
@@ -106,13 +104,12 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
     try:
         config = config_of(source)
         own = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-        way = quantisers.find_quantiser(setting.quantisation)
-        if reason := way.why_not_checkpoint(own, setting, source):
+        if reason := lm.way.why_not_checkpoint(own, setting, source):
             lm.status, lm.reason = "unavailable", reason
             return lm
         if config is not None:
             _check_room(load_estimate(on_meta(config), setting), setting)
-        folder = checkpoint(source, way.takes_folder)
+        folder = checkpoint(source, lm.way.takes_folder)
         config = config or config_of(dataclasses.replace(source, folder=folder, gguf=None))
         shapes = on_meta(config)  # before transformers writes into it
         _load_timed(lm, source, folder, config)
@@ -120,7 +117,7 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
         lm.audit = audit(lm.model, 0)
         lm.weights_bytes = sum(lm.audit["bytes"].values())
         check(lm.audit, setting)
-        lm.audit["kv_bytes_per_token"] = _cache_bytes(shapes, lm)
+        lm.audit |= _cache_sizes(shapes, lm)
         if setting.offload:
             accelerate.cpu_offload(lm.model, torch.device("cuda", 0))
             lm.audit["crossing_bytes"] = sum(one.nbytes for part in lm.model.modules()
@@ -142,7 +139,7 @@ def _check_room(needed: int, setting: Setting) -> None:
     free, what = machine.free_bytes(device, gpus), "its weights"
     if device == "cuda" and free > 0:
         what += f" (on {-(-needed * gpus // free)} such GPUs they would fit)"
-    need_memory(needed, free, what)
+    machine.need_memory(needed, free, what)
 
 
 def _load_timed(lm: LoadedModel, source: Source, folder: Path, config: PretrainedConfig) -> None:
@@ -150,19 +147,17 @@ def _load_timed(lm: LoadedModel, source: Source, folder: Path, config: Pretraine
     machine.release(lm.device)
     lm.held_before_bytes = machine.held_bytes(lm.device)
     lm.device_before_bytes = machine.device_bytes(lm.setting.gpus)
-    way = quantisers.find_quantiser(lm.setting.quantisation)
-    has_peak = machine.reset_peak(lm.device) and (lm.device == "cpu" or way.by_torch)
+    has_peak = machine.reset_peak(lm.device) and (lm.device == "cpu" or lm.way.by_torch)
     start = time.perf_counter()
-    others = way.read(source, config, lm.setting, context_length(config))
-    lm.model = _greedy(others or _from_folder(folder, config, lm.setting))
+    others = lm.way.read(source, config, lm.setting, context_length(config))
+    lm.model = _greedy(others or _from_folder(folder, config, lm.setting, lm.way))
     machine.synchronize(lm.device)
     lm.load_s = time.perf_counter() - start
     lm.held_after_bytes = machine.held_bytes(lm.device)
     lm.load_peak_bytes = machine.peak_bytes(lm.device) - lm.held_before_bytes if has_peak else None
 
 
-def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting) -> nn.Module:
-    way = quantisers.find_quantiser(setting.quantisation)
+def _from_folder(folder: Path, config: PretrainedConfig, setting: Setting, way: quantisers.Quantiser) -> nn.Module:
     how = {"dtype": getattr(torch, setting.dtype, setting.dtype), "quantization_config": way.config(setting)}
     if setting.quantisation != "none" or setting.device == "cuda":
         how["device_map"] = {"": "cpu" if setting.offload else way.starts_on or setting.device}
@@ -193,14 +188,14 @@ def _greedy(model: nn.Module) -> nn.Module:
     return model
 
 
-def _cache_bytes(shapes: nn.Module, lm: LoadedModel) -> int:
-    """Of one token, told by shapes alone; by the model itself where it reads values on its way, or is quantised: other
+def _cache_sizes(shapes: nn.Module, lm: LoadedModel) -> dict:
+    """Told by shapes alone; by the model itself where it reads values on its way, or is quantised: other
     code may read a head's weight, a kernel may not take a shape. Raises AuditError for one that does not run."""
     with contextlib.suppress(RuntimeError):
         if lm.setting.quantisation == "none":
-            return cache_bytes_per_token(shapes, lm.model.dtype.itemsize)
+            return cache_sizes(shapes, lm.model.dtype.itemsize)
     try:
-        return cache_bytes_per_token(lm.model, lm.model.dtype.itemsize)
+        return cache_sizes(lm.model, lm.model.dtype.itemsize)
     except Exception as error:
         if machine.out_of_memory(error):
             raise

@@ -33,13 +33,11 @@ def facts() -> dict:
 def _hardware() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = group_limits()
-    found = {
-        "cpu": _cpu_name(),
-        "cores": math.ceil(min(cores, allowed["cores"])),
-        "ram_bytes": min(psutil.virtual_memory().total, allowed["bytes"]),
-        "os": f"{platform.system()} {platform.machine()}",
-        "gpu_visible": os.environ.get("CUDA_VISIBLE_DEVICES"),  # where set: which GPUs, or parts (MIG)
-        "dynamic_int8": bool({"x86", "fbgemm", "qnnpack"} & set(torch.backends.quantized.supported_engines))}
+    found = {"cpu": _cpu_name(), "cores": math.ceil(min(cores, allowed["cores"])),
+             "ram_bytes": min(psutil.virtual_memory().total, allowed["bytes"]),
+             "os": f"{platform.system()} {platform.machine()}",
+             "gpu_visible": os.environ.get("CUDA_VISIBLE_DEVICES"),  # where set: which GPUs, or parts (MIG)
+             "dynamic_int8": bool({"x86", "fbgemm", "qnnpack"} & set(torch.backends.quantized.supported_engines))}
     if not torch.cuda.is_available():
         return found
     gpu, limit = torch.cuda.get_device_properties(0), _nvml(pynvml.nvmlDeviceGetEnforcedPowerLimit)
@@ -160,6 +158,12 @@ def out_of_memory(error: BaseException) -> str | None:
     return said if any(words in said for words in told) else None
 
 
+def need_memory(needed: int, free: int, what: str) -> None:
+    """Raise MemoryError, with both figures, if `needed` bytes are more than are `free`."""
+    if needed > free:
+        raise MemoryError(f"{what} would need about {needed:,} bytes, and {free:,} are free: not tried")
+
+
 def readings(device: str, watch_s: float = 0.0) -> dict:
     """What the machine is doing now, as plain JSON; watched for `watch_s` seconds while we do nothing, `cpu_busy` is
     what others take of all cores (0 to 1)."""
@@ -174,8 +178,7 @@ def readings(device: str, watch_s: float = 0.0) -> dict:
         "sm_mhz": _nvml(lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM)),
         "memory_mhz": _nvml(lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM)),
         "celsius": _nvml(lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),
-        "throttled": None if reasons is None else [why for bit, why in THROTTLE.items() if reasons & bit],
-    }
+        "throttled": None if reasons is None else [why for bit, why in THROTTLE.items() if reasons & bit]}
 
 
 def energy_j(device: str, gpus: int = 1) -> float | None:

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from quantbench import machine
 from quantbench.decode import Unavailable, find_engine, inputs_of, why_no_cache
-from quantbench.inspection import held_in, need_memory
+from quantbench.inspection import cache_bytes, held_in
 from quantbench.loading import LoadedModel
 from quantbench.records import Measurement
 from quantbench.settings import CACHES, PROMPT, Workload, expect
@@ -35,9 +35,8 @@ def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *
     `engine` is a key of `ENGINES`: "eager" (transformers' generate), "graph" (one captured decode step) or "compile"
     (compiled, then captured); the text of the last two is held against eager's.
 
-    A model that could not be loaded, or that runs out of memory, gives a row that says so. Raises ValueError for
-    a workload that cannot run (see `Workload`) or is over the model's context length, RuntimeError for a closed
-    model or a wrong token count."""
+    A model that could not be loaded, or that runs out of memory, gives a row that says so. Raises ValueError for a
+    workload that cannot run or is over the context length, RuntimeError for a closed model or a wrong token count."""
     expect(lm, LoadedModel, "generate takes what qb.load returns")
     workload = Workload(prompt, max_new_tokens, batch_size, repeats, budget_s, prompt_tokens, depth, cache)
     cell = Timed(lm, workload, engine, clock)
@@ -96,9 +95,9 @@ class Timed:
         lm, tokens, bits = self.lm, self.workload.max_new_tokens, CACHES[self.workload.cache]
         if reason := why_no_cache(self.workload.cache, lm.model):
             raise Unavailable(reason)
-        self.room = lm.audit["kv_bytes_per_token"] * (self.before + tokens - 1) * self.workload.batch_size
+        self.room = cache_bytes(lm.audit, self.before + tokens - 1) * self.workload.batch_size
         needed = self.room * bits // (8 * lm.model.dtype.itemsize) if bits else self.room
-        need_memory(needed, machine.free_bytes(lm.device, lm.setting.gpus), "the KV cache")
+        machine.need_memory(needed, machine.free_bytes(lm.device, lm.setting.gpus), "the KV cache")
         machine.release(lm.device)  # an engine of the call before may still hold its graph
         held, self.idle = machine.held_bytes(lm.device), machine.readings(lm.device, machine.IDLE_S)
         start = time.perf_counter()

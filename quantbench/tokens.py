@@ -7,9 +7,8 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
 
-from quantbench.inspection import quiet
 from quantbench.settings import Workload
-from quantbench.weights import VOCABULARIES, Source, config_of, files_of
+from quantbench.weights import VOCABULARIES, Source, config_of, files_of, quiet
 from quantbench.wording import cut
 
 FEW_WORDS = 100  # a tokenizer that has no vocabulary file and fewer tokens than this has special tokens alone

@@ -6,9 +6,11 @@ import importlib.metadata
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -81,7 +83,13 @@ def find(model: str | os.PathLike, weights: str | None = None) -> Source:
     try:
         if weights == "bundled":
             raise NoHub("no installed package ships them")
-        return _on_hub(name, row.hub if row else name, weights)
+        folder, why = importlib.import_module(HUB).snapshot(name, repo := row.hub if row else name, weights == "random")
+        if weights == "random" and (folder / "config.json").is_file():
+            return Source(name, "random", f"seed {SEED}, config {folder.name[:12]}", like=folder)
+        if files_of(folder, (ONE_FILE, INDEX)):
+            return Source(name, "pretrained", folder.name, folder)
+        others = files_of(folder, ("*.safetensors", "*.bin"))
+        raise why if why and not others else ValueError(importlib.import_module(FOLDERS).no_weights(repr(repo), others))
     except NoHub as error:
         if seeded and weights is None:
             warnings.warn(f"{name}: random weights, because {error}", stacklevel=2)
@@ -163,6 +171,20 @@ def check_keys(model: PreTrainedModel, told: dict, stored: bool) -> None:
             raise ValueError(f"{len(keys)} weights are {what}, such as {named}{also}")
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar per weight file, no advice: the notebook shows one line per load."""
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def files_of(folder: Path | None, names: tuple[str, ...] = TOKENIZERS) -> list[Path]:
     """A folder's files by these patterns, in order; none where there is no folder."""
     return sorted({file for name in names if folder for file in folder.glob(name) if file.is_file()})
@@ -186,16 +208,6 @@ def _config_in(folder: str | Path) -> dict:
     except Exception as error:
         said = "cut short, or a pointer that git-lfs left?"
         raise ValueError(f"{folder}/config.json cannot be read ({cut(error, 100)}): {said}") from None
-
-
-def _on_hub(name: str, repo: str, weights: str | None) -> Source:
-    folder, why = importlib.import_module(HUB).snapshot(name, repo, weights == "random")
-    if weights == "random" and (folder / "config.json").is_file():
-        return Source(name, "random", f"seed {SEED}, config {folder.name[:12]}", like=folder)
-    if files_of(folder, (ONE_FILE, INDEX)):
-        return Source(name, "pretrained", folder.name, folder)
-    others = files_of(folder, ("*.safetensors", "*.bin"))
-    raise why if why and not others else ValueError(importlib.import_module(FOLDERS).no_weights(repr(repo), others))
 
 
 def _bundled_gguf(package: str) -> Path | None:

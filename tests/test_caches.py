@@ -113,6 +113,24 @@ def test_a_model_that_has_no_such_cache_says_so(tmp_path, kind, refused):
     assert deep.status == ("ok" if kind == "mistral" else "unavailable"), deep.reason
 
 
+@pytest.mark.parametrize("kind, how, held", [
+    ("mistral", {"sliding_window": 16}, lambda tokens: 512 * min(tokens, 15)),
+    ("gemma2", {"sliding_window": 16}, lambda tokens: 256 * min(tokens, 15) + 256 * tokens),
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}, lambda tokens: 768 + 256 * tokens),
+    ("mamba", {"state_size": 8}, lambda tokens: 12_288)])
+def test_a_window_forgets_and_a_state_does_not_grow(tmp_path, kind, how, held):
+    """The default cache, which generate drops: its bytes are told, and are what a cache that is kept holds."""
+    sizes = TINY["llama"] | {"model_type": kind, "head_dim": 16, "num_hidden_layers": 2, "hidden_size": 64} | how
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    with qb.load(tmp_path, "cpu-fp32") as lm:
+        for prompt, new, batch in ((4, 3, 1), (9, 8, 2), (40, 6, 2)):
+            row = qb.generate(lm, max_new_tokens=new, prompt_tokens=prompt, batch_size=batch, repeats=1, progress=False)
+            assert (row.status, row.cache_bytes) == ("ok", batch * held(prompt + new - 1))
+        if kind != "mamba":
+            deep = qb.generate(lm, max_new_tokens=6, prompt_tokens=9, depth=31, repeats=1, progress=False)
+            assert deep.cache_bytes == row.cache_bytes / 2
+
+
 def test_a_sweep_over_caches_resumes_and_old_files_hold_the_default(tiny_gpt2, tmp_path):
     run, how = qb.Run.open(tmp_path / "rows.jsonl"), {"depth": 8, "repeats": 6, "executor": "inline", "progress": False}
     first = list(qb.sweep(tiny_gpt2, "cpu-fp32", 3, cache=["default", "static"], run=run, **how))

@@ -59,7 +59,7 @@ def test_bytes_are_within_3_percent_of_what_loading_measures(tiny):
         assert lm.status == "ok" and one.why is None
         assert one.weights == pytest.approx(lm.weights_bytes, rel=0.03)
         assert one.step == pytest.approx(audit["step_bytes"], rel=0.03)
-        assert one.cache == audit["kv_bytes_per_token"]
+        assert one.cache == inspection.cache_bytes(audit, 1000) == 1000 * audit["kv_bytes_per_token"]
         assert one.left == pytest.approx(lm.weights_bytes - audit["quantised_bytes"], rel=0.05)  # biases stay
 
 

@@ -67,7 +67,7 @@ def test_a_wrong_token_is_told_from_a_near_tie(tiny_gpt2):
 def test_an_engine_that_cannot_run_says_why(tiny_gpt2, monkeypatch, engine, setting, facts, reason):
     monkeypatch.setattr(machine, "facts", lambda: facts)
     with qb.load(tiny_gpt2, "cpu-fp32") as lm:
-        lm.setting = qb.SETTINGS[setting]
+        lm.setting, lm.way = qb.SETTINGS[setting], qb.QUANTISERS[qb.SETTINGS[setting].quantisation]
         lm.device = lm.setting.device
         said = find_engine(engine).why_not(lm)
         lm.device = "cpu"

@@ -9,9 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import quantbench as qb
+from quantbench.inspection import cache_bytes, held_in
 from tests.conftest import CPU_SETTINGS
 
 NEW = 6  # tokens
+STATES_IN = "past_key_values", "cache_params", "state"  # of what a model gives
 TEXT = "A ship came in with the tide, and nobody had seen her before. "
 WORDS = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1}
 SIZES = WORDS | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -50,6 +52,9 @@ KINDS = {
     "bamba": MAMBA | {"attn_layer_indices": [1]}, "lfm2": SIZES | {"layer_types": ["conv", "full_attention"]},
     "zamba2": MAMBA | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 8,
                        "mamba_ngroups": 1, "num_mem_blocks": 1, "mamba_headdim": 16},
+    "qwen3_next": EXPERTS | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
+                             "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                             "linear_value_head_dim": 16},
     "recurrent_gemma": HEADS | {"lru_width": 64, "attention_window_size": 16, "num_hidden_layers": 3}}
 SPREAD = ("bloom", "deepseek_v3", "falcon", "gemma3", "gpt_oss", "lfm2", "mamba2", "mixtral")
 MAYBE_SLOW = [pytest.param(kind, marks=[] if kind in SPREAD else pytest.mark.models) for kind in sorted(KINDS)]
@@ -100,12 +105,6 @@ def agrees_with(plain: torch.nn.Module, lm: qb.LoadedModel) -> None:
     ids = torch.tensor([lm.tokenizer.encode(TEXT)])
     by_hand = plain(input_ids=ids, labels=ids).loss.exp().item()
     assert qb.quality(lm, text=TEXT, context=128, progress=False).perplexity == pytest.approx(by_hand, rel=1e-3)
-    sizes = [held(lm.model(input_ids=ids[:, :tokens], use_cache=True)) for tokens in (8, 12)]
-    assert sizes[1] - sizes[0] == 4 * lm.audit["kv_bytes_per_token"]
-
-
-def held(out: object) -> int:
-    """The bytes of a real cache's keys, values and states."""
-    layers = getattr(out.get("past_key_values"), "layers", [])
-    return sum(tensor.nbytes for layer in layers for tensor in vars(layer).values()
-               if isinstance(tensor, torch.Tensor) and tensor.dim() > 1)
+    for tokens in (1, 8, 15, 16, 17, 40):  # windows are of 16
+        out = plain(input_ids=ids[:, :tokens], use_cache=True)
+        assert held_in(next(filter(None, map(out.get, STATES_IN)), None)) == cache_bytes(lm.audit, tokens), tokens

@@ -1,5 +1,7 @@
 """What a model takes under each setting, told from its configuration alone: no weights are read."""
 
+import bisect
+import contextlib
 import math
 import os
 import re
@@ -9,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from quantbench import machine
-from quantbench.inspection import audit, cache_bytes_per_token, load_estimate, on_meta, weights_estimate
+from quantbench.inspection import audit, cache_bytes, cache_sizes, load_estimate, on_meta, weights_estimate
 from quantbench.quantisers import ITEMSIZE, find_quantiser, why_not
 from quantbench.results import Run
-from quantbench.settings import SETTINGS, Registry, Setting, amount, many, whole
+from quantbench.settings import MOST, SETTINGS, Registry, Setting, amount, many, whole
 from quantbench.tokens import context_length
 from quantbench.weights import check_name, config_for
 
@@ -37,8 +39,9 @@ class Estimate(NamedTuple):
     weights: int
     left: int  # of the weights, not quantised
     step: int  # that a decode step reads
-    cache: float  # of a token
-    room: float  # tokens of cache beside the weights; infinite where there is none
+    cache: float  # of 1,000 tokens
+    room: float  # tokens of cache beside the weights; infinite where there is none, or no more is held
+    batch: float  # sequences of 1,024 tokens
     positions: float  # tokens that the model has positions for
     floor_s: float  # of a decode step
     why: str | None
@@ -50,16 +53,15 @@ def fit(model: str | os.PathLike, on: str | dict | None = None, run: Run | None 
 
     `on`: None for this machine and what is free on it now, a key of DEVICES ("T4", "L4", "A100-40", "A100-80", "H100",
     "H200"), or a dict of "bytes", "bandwidth" (bytes/s) and "capability" ([8, 0]). The floor needs a bandwidth: what
-    `qb.limits` measured in `run`, or a GPU's listed one. Raises ValueError for an unknown model or device.
-    """
+    `qb.limits` measured in `run`, or a GPU's listed one. Raises ValueError for an unknown model or device."""
     import pandas as pd  # what measures meets what shows in this function alone
 
     from quantbench.tables import Table, Tables
     name, found = check_name(model), estimates(model, on, run)
     measured = {row.setting: row.weights_gb for row in Run.given(run) if row.model == name and row.weights_gb}
     frame = pd.DataFrame([(
-        one.setting.label, one.weights / 1e9, measured.get(one.setting.key), one.left / 1e9, one.cache / 1e3,
-        "no" if one.why else "yes", min(one.room, one.positions), one.room // 1024, 1000 * one.floor_s, one.why or "")
+        one.setting.label, one.weights / 1e9, measured.get(one.setting.key), one.left / 1e9, one.cache / 1e6,
+        "no" if one.why else "yes", min(one.room, one.positions), one.batch, 1000 * one.floor_s, one.why or "")
         for one in found], columns=["Setting", *[*_DECIMALS][:4], "Fits", *[*_DECIMALS][4:], "Note"])
     frame = frame.replace(math.inf, math.nan).drop(columns=[] if measured else ["Measured (GB)"])
     where = on if isinstance(on, str) else "this machine" if on is None else "the GPU described"
@@ -75,10 +77,9 @@ def estimates(model: str | os.PathLike, on: str | dict | None = None, run: Run |
     unread = (sum(found["bytes"].values()) - found["step_bytes"]) // torch.bfloat16.itemsize  # tables, idle experts
     table, head = shapes.get_input_embeddings().weight, shapes.get_output_embeddings()
     tied = table.numel() if head is not None and head.weight is table else 0  # a table apart once the head is quantised
-    try:
-        cache = cache_bytes_per_token(shapes, 1)
-    except RuntimeError:
-        cache = math.nan
+    caches = dict.fromkeys(ITEMSIZE.values())
+    with contextlib.suppress(RuntimeError):
+        caches = {size: cache_sizes(shapes, size) for size in caches}
     for row in SETTINGS.values():
         if (row.quantisation == "stored") != bool(own) or row.quantisation == "gguf" or on and row.device == "cpu":
             continue
@@ -90,12 +91,20 @@ def estimates(model: str | os.PathLike, on: str | dict | None = None, run: Run |
         step = weights - size * (unread + tied * find_quantiser(row.quantisation).takes_head)
         full = (needed := load_estimate(shapes, row)) > space
         why = f"{needed / 1e9:.2f} GB to load it, {space / 1e9:.2f} GB are free" if full else None
-        room = math.inf if cache == 0 else 0.0 if full else (there - held) // (cache * size)
-        made.append(Estimate(row, weights, (wide - narrow) // 2 * size, step, cache * size, room,
-                             context_length(config) or math.inf,
+        made.append(Estimate(row, weights, (wide - narrow) // 2 * size, step,
+                             *_room(caches[size], 0.0 if full else there - held), context_length(config) or math.inf,
                              math.nan if row.offload else step / rates.get(row.device, math.nan),
                              why_not(row, facts) or why))
     return made
+
+
+def _room(sizes: dict | None, free: float) -> tuple[float, float, float]:
+    """Bytes of 1,000 tokens of cache; how many tokens, and how many sequences of 1,024, are in so many bytes."""
+    if sizes is None:
+        return math.nan, math.nan, math.nan
+    thousand, each = (cache_bytes(sizes, tokens) for tokens in (1000, 1024))
+    most = bisect.bisect(range(MOST), free, key=lambda tokens: cache_bytes(sizes, tokens)) - 1 + 0 * free  # NaN too
+    return thousand, math.inf if most == MOST - 1 else max(most, 0), free // each if each else math.inf
 
 
 def _here(run: Run) -> tuple[dict, dict, dict]:

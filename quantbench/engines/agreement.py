@@ -4,7 +4,6 @@ import torch
 
 from quantbench.decode import read, stepwise_logits
 from quantbench.loading import LoadedModel
-from quantbench.quantisers import find_quantiser
 from quantbench.tokens import stop_tokens
 
 
@@ -17,7 +16,7 @@ def difference(lm: LoadedModel, ours: torch.Tensor, eager: torch.Tensor, prompt_
     logits = _read(lm, ours, prompt_tokens)
     best, chosen = logits.max(-1).values, logits.gather(-1, ours[:, prompt_tokens:, None])[..., 0]
     margin = (best - chosen).max().item()
-    step = find_quantiser(lm.setting.quantisation).rounding or torch.finfo(lm.model.dtype).eps
+    step = lm.way.rounding or torch.finfo(lm.model.dtype).eps
     rounding = 4 * step * logits[logits.isfinite()].abs().max().item()
     if margin > rounding:
         rounding = max(rounding, _nudged(lm, ours, prompt_tokens, logits))
@@ -29,7 +28,7 @@ def difference(lm: LoadedModel, ours: torch.Tensor, eager: torch.Tensor, prompt_
 def _read(lm: LoadedModel, ids: torch.Tensor, prompt_tokens: int) -> torch.Tensor:
     """The eager model's logits [batch, new, vocabulary] of every new token of `ids`, as greedy generation sees them."""
     new = ids.shape[1] - prompt_tokens
-    if find_quantiser(lm.setting.quantisation).stepwise:
+    if lm.way.stepwise:
         logits = stepwise_logits(lm.model, ids, new).float()
     else:
         logits = read(lm.model, ids[:, :-1], new).logits[:, -new:].float()

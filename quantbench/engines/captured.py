@@ -10,13 +10,11 @@ from torch import nn
 from transformers import StaticCache
 
 from quantbench import machine
-from quantbench.inspection import quiet
 from quantbench.decode import Eager, Unavailable, read, why_no_cache
 from quantbench.engines.agreement import difference
 from quantbench.loading import LoadedModel
-from quantbench.quantisers import find_quantiser
 from quantbench.tokens import stop_tokens
-from quantbench.weights import cache_folder
+from quantbench.weights import cache_folder, quiet
 from quantbench.wording import cut, listed
 
 
@@ -35,7 +33,7 @@ class Graph:
         cache = StaticCache(config=lm.model.config, max_cache_len=64)
         if others := sorted({type(layer).__name__ for layer in cache.layers} - {"StaticLayer"}):
             return f"its cache has {listed(others)} (sliding windows, states): only full attention's step is captured"
-        return why_no_cache("static", lm.model) or find_quantiser(lm.setting.quantisation).not_captured(lm.setting)
+        return why_no_cache("static", lm.model) or lm.way.not_captured(lm.setting)
 
     def __init__(self, lm: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, depth: int = 0) -> None:
         self.lm, self.inputs, self.prompt, self.depth = lm, inputs, inputs["input_ids"], depth
@@ -131,7 +129,7 @@ class Compiled(Graph):
     def _model(self) -> Callable:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))  # kept for other processes
         torch._dynamo.reset()  # what was compiled for another cell counts against a limit
-        options = dict(find_quantiser(self.lm.setting.quantisation).compile_options)
+        options = dict(self.lm.way.compile_options)
         return torch.compile(self.lm.model, fullgraph=True, dynamic=False, options=options)
 
 

@@ -8,34 +8,27 @@ from quantbench.decode import Unavailable, inputs_of
 from quantbench.loading import LoadedModel
 from quantbench.settings import PROMPT, Workload, expect, many, whole
 from quantbench.tokens import check_length, context_length
-from quantbench.wording import as_html
-
-
-class BatchEffects(list):
-    """A dict for each batch size, shown as a table."""
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
 
 
 def batch_effect(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 64,
-                 batch_size: int | Iterable[int] = (4, 16)) -> BatchEffects:
-    """How many texts of a batch are not what the model writes for each of its sequences alone, the first token that
-    differs (from 1), and by how much the best logit led there, alone: kernels go by shapes, and round differently.
-    The batch is `prompt` among pieces of a bundled text of as many tokens: none is padded. ValueError as `generate`."""
+                 batch_size: int | Iterable[int] = (4, 16)) -> list[dict]:
+    """For each batch size: how many texts of a batch are not what the model writes for each of its sequences alone, the
+    first token that differs (from 1), and by how much the best logit led there, alone: kernels go by shapes, and round
+    differently. The batch is `prompt` among pieces of a bundled text of as many tokens: none is padded. Raises
+    ValueError as `generate` does."""
     expect(lm, LoadedModel, "batch_effect takes what qb.load returns")
     sizes = [whole("batch_size", one, 2) for one in many("batch_size", batch_size)]
     work, whose = Workload(prompt, max_new_tokens), {"Model": lm.name, "Setting": lm.setting.label}
     if lm.status != "ok":
-        return BatchEffects([whose | {"Status": lm.status, "Reason": lm.reason}])
+        return [whose | {"Status": lm.status, "Reason": lm.reason}]
     length = (ids := lm.encode(prompt)["input_ids"]).shape[1]
     check_length(lm.name, length, work, context_length(lm.model.config))
     others = inputs_of(lm, Workload(prompt_tokens=length * (max(sizes) - 1)))["input_ids"].view(-1, length)
-    every, found = torch.cat([ids, others]), BatchEffects()
+    every, found = torch.cat([ids, others]), []
     try:
         batches = [(size, _written(lm, every[:size], work.max_new_tokens)[0]) for size in sizes]
     except Unavailable as error:  # llama.cpp has one sequence at a time
-        return BatchEffects([whose | {"Status": "unavailable", "Reason": str(error)}])
+        return [whose | {"Status": "unavailable", "Reason": str(error)}]
     alone = [_written(lm, one, work.max_new_tokens) for one in every.split(1)]
     for size, texts in batches:
         parted = [(int(at[0]), margins) for text, (own, margins) in zip(texts, alone)

@@ -106,8 +106,7 @@ def _verdict(one: Scored, group: list[Scored]) -> str:
 
 
 def beats(other: Scored, one: Scored) -> bool:
-    """Whether `other`, not the reference, of the same device, is closer in the windows of the text, no larger, and in
-    the rounds not slower."""
+    """Whether `other`, of the same device, no reference, is closer in the text's windows, no larger, and not slower."""
     saved, _, pace = against(other, one)
     by_window = [{place: kl for place, kl in enumerate(it.found.kl_windows or ()) if kl > 0} for it in (other, one)]
     return (other.device == one.device and not other.is_reference and saved >= 0 and pace.verdict in ("faster", "tie")

@@ -14,7 +14,6 @@ from quantbench.decode import TEXT, read, stepwise_logits, why_no_cache
 from quantbench.evaluation.scores import Quality
 from quantbench.intervals import LEAST, Interval
 from quantbench.loading import LoadedModel, StandInTokenizer, context_length
-from quantbench.quantisers import QUANTISERS
 from quantbench.settings import CACHES, MOST_SAMPLES, expect, whole
 
 LEAST_TOKENS = 32  # of a text that is worth a number
@@ -146,7 +145,7 @@ def _read(lm: LoadedModel, text: str | None, tokens: int | None, context: int | 
 
 def _measured(lm: LoadedModel, windows: list[Window], on: dict, reference: Reference | None, stepwise: bool | None,
               progress: bool, cache: str = "default") -> Quality:
-    stepwise = cache != "default" or (QUANTISERS[lm.setting.quantisation].stepwise if stepwise is None else stepwise)
+    stepwise = cache != "default" or (lm.way.stepwise if stepwise is None else stepwise)
     on = _whose(lm) | on | {"stepwise": stepwise, "cache": cache, "reference": reference and reference.setting.key}
     try:
         if reason := why_no_cache(cache, lm.model):

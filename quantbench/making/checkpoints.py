@@ -14,11 +14,11 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantbench.inspection import need_memory, on_meta, quiet, weights_estimate
-from quantbench.machine import free_bytes
+from quantbench.inspection import on_meta, weights_estimate
+from quantbench.machine import free_bytes, need_memory
 from quantbench.making.folders import damage
 from quantbench.settings import SETTINGS
-from quantbench.weights import SEED, Source, cache_folder, config_of, files_of, recipe
+from quantbench.weights import SEED, Source, cache_folder, config_of, files_of, quiet, recipe
 from quantbench.wording import cut
 
 UNFINISHED = "making-"  # then the host and the process that makes it
@@ -33,8 +33,8 @@ def made(source: Source, weights: bool = True) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     if not (folder / "config.json").is_file():
         if source.gguf is None:
-            need_memory(weights_estimate(on_meta(config_of(source)), SETTINGS["cpu-fp32"]), free_bytes("cpu"),
-                        "making random weights")
+            needed = weights_estimate(on_meta(config_of(source)), SETTINGS["cpu-fp32"])
+            need_memory(needed, free_bytes("cpu"), "making random weights")
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished()
         prefix = f"{UNFINISHED}{platform.node()}-{os.getpid()}-"

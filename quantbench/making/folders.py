@@ -14,8 +14,7 @@ NUMBERS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # others are code
 
 
 def local(name: str, folder: Path, weights: str | None) -> Source:
-    """The source of a local folder, or of a GGUF file. Raises ValueError where it holds no checkpoint, or not the
-    `weights` asked for."""
+    """The source of a local folder or GGUF file. Raises ValueError for none, or for others than `weights`."""
     if folder.is_file():
         if weights not in (None, "pretrained"):
             raise ValueError(f"{name!r} has weights of its own, not {weights} ones")

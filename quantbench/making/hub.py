@@ -46,8 +46,7 @@ def snapshot(name: str, repo: str, config_alone: bool) -> tuple[Path, OSError | 
 
 
 def ask(work: Callable) -> object:
-    """What `work` gets from the Hub. Raises NoHub where nobody answers in time, or somebody else does; an OSError with
-    a `response` where the Hub refuses."""
+    """What `work` gets from the Hub. Raises NoHub for no answer in time, OSError with a `response` for a refusal."""
     until, why = _silent.get(constants.ENDPOINT, (0.0, ""))
     if constants.HF_HUB_OFFLINE or time.monotonic() < until:
         raise NoHub("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quantbench.decode import Unavailable
-from quantbench.inspection import cache_bytes_per_token, on_meta
+from quantbench.inspection import cache_sizes, on_meta
 
 ROOM = 4096  # tokens of KV cache at most: llama.cpp takes them all at once
 
@@ -36,7 +36,7 @@ class LlamaCpp(nn.Module):
         super().__init__()
         threads = torch.get_num_threads()
         self.config, self.generation_config = config, GenerationConfig.from_model_config(config)
-        self.room, self.width = min(room, ROOM), cache_bytes_per_token(on_meta(config), 1)
+        self.room, self.width = min(room, ROOM), cache_sizes(on_meta(config), 1)["kv_bytes_per_token"]
         self.llama = llama_cpp.Llama(str(file), n_ctx=self.room, n_threads=threads, n_threads_batch=threads,
                                      use_mmap=False, verbose=False, n_gpu_layers=-1 if on_gpu else 0,
                                      offload_kqv=on_gpu, op_offload=on_gpu)  # by default it takes a GPU that is there

@@ -37,8 +37,7 @@ class ChildDied(Exception):
 
 
 class Desk:
-    """One cell at its desk: the model stays loaded while it is not its turn, and for the next workload. An answer that
-    is a Measurement is the cell's end."""
+    """One cell at its desk: the model stays loaded between turns and workloads. A Measurement ends the cell."""
 
     lm: LoadedModel | None = None
 

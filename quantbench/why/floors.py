@@ -49,8 +49,7 @@ class Floor(NamedTuple):
 
 
 def floor(row: Measurement, limits: Limits | None, part: str = "step") -> Floor | None:
-    """The floor of one decode step ("step") or of the whole prompt ("prefill") of `row`; None where its audit or the
-    limits do not tell.
+    """The floor of a row's decode step ("step") or whole prompt ("prefill"); None where audit or limits do not tell.
 
     Both read the weights once for the whole batch, and the KV cache: a step at its mean length. Products are 2
     operations per weight and token: in a prefill without the head, which it needs for the last token alone. Their rate

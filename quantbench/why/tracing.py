@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from quantbench import machine
 from quantbench.decode import Eager, find_engine, inputs_of
 from quantbench.loading import LoadedModel
-from quantbench.quantisers import find_quantiser
 from quantbench.records import Measurement
 from quantbench.settings import Workload, expect
 
@@ -41,7 +40,7 @@ def trace(lm: LoadedModel, row: Measurement) -> Measurement:
     expect(lm, LoadedModel, "trace takes what qb.load returns")
     if (expect(row, Measurement, "trace takes a row").model, row.setting) != (lm.name, lm.setting.key):
         raise ValueError(f"trace takes a row of {lm!r}, not of {row.model} · {row.setting_label}")
-    if row.status != "ok" or not find_quantiser(lm.setting.quantisation).by_torch:
+    if row.status != "ok" or not lm.way.by_torch:
         return row
     asked = Workload(row.prompt, row.max_new_tokens, row.batch_size, prompt_tokens=row.prompt_length, depth=row.depth,
                      cache=row.cache)
@@ -90,7 +89,7 @@ def _decode(engine: Eager, lm: LoadedModel, before: int, steps: int) -> profile:
 
 def _part(lm: LoadedModel, profilers: list[profile], calls: int) -> dict:
     """What was seen, per call of the model: a `Part` of the records."""
-    read, quantised = _on_gpu if lm.device == "cuda" else _on_cpu, find_quantiser(lm.setting.quantisation).kernels
+    read, quantised = _on_gpu if lm.device == "cuda" else _on_cpu, lm.way.kernels
     seen = [one for profiler in profilers for one in read(profiler.events(), quantised)]
     kinds = dict.fromkeys((*KINDS, "quantised", "other"), 0.0)
     for kind, microseconds in seen:
