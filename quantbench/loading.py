@@ -37,7 +37,7 @@ class LoadedModel(contextlib.AbstractContextManager):
 
     def __init__(self, name: str, setting: Setting, status: str = "ok", reason: str | None = None) -> None:
         self.name, self.setting, self.device = name, setting, setting.device
-        self.way = quantisers.find_quantiser(setting.quantisation)
+        self.way = quantisers.find_quantiser(setting.quantisation)  # asked wherever it matters how it quantises
         self.status, self.reason = status, reason
         self.weights = self.revision = self.load_s = self.load_peak_bytes = None
         self.model = self.tokenizer = self.audit = self.weights_bytes = None
