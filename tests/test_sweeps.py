@@ -344,7 +344,7 @@ def start(model: str, path: Path, limit=0, batch=1, repeats=1, lengths=(3, 40)) 
 def test_a_parent_that_ends_mid_sweep_leaves_no_orphan_and_resumes(tiny_gpt2, tmp_path, monkeypatch, how):
     path, folder = tmp_path / "run.jsonl", tempfile.TemporaryDirectory()  # a short name: a socket's has 108 characters
     monkeypatch.setenv("TMPDIR", folder.name)
-    parent = start(tiny_gpt2, path, repeats=15)
+    parent = start(tiny_gpt2, path, repeats=60)  # seconds of work left, on a fast and busy machine too
     assert parent.stdout.readline() == "ok\n"
     members = psutil.Process(parent.pid).children(recursive=True)
     parent.send_signal(how)
