@@ -17,8 +17,9 @@ from quantbench.weights import quiet
 from quantbench.wording import listed
 
 LOOK = (2, 3)  # tokens that a model on the meta device reads, to see what its cache holds of each
+CACHED_IN = "past_key_values", "cache_params", "state"  # of a model's output; the last two of states alone
 KEPT = 4  # models on the meta device
-MANY = 72  # layers: of more, so many stand for all, whatever their pattern's period
+MOST_LAYERS = 1000  # no model has as many, and to build 10,000 as shapes takes minutes
 
 
 class AuditError(RuntimeError):
@@ -101,22 +102,14 @@ def check(found: dict, setting: Setting) -> None:
 
 
 def on_meta(config: PretrainedConfig) -> nn.Module:
-    """The model as shapes alone, kept for the next who asks. Of more than MANY layers, MANY are built, and `stands_for`
-    says how many of the model's layers each of them is."""
-    text = (config := copy.deepcopy(config)).get_text_config()
-    layers = getattr(text, "num_hidden_layers", None) or 0
-    if layers > MANY:
-        for name, value in vars(text).items():
-            if isinstance(value, list) and len(value) == layers:  # a kind for each layer
-                setattr(text, name, value[:MANY])
-        text.num_hidden_layers = MANY
-    key = f"{layers} {config.to_json_string(use_diff=False)}"
-    if key not in _built:
+    """The model as shapes alone, kept for the next who asks. Raises ValueError for more than MOST_LAYERS layers."""
+    if (layers := getattr(config.get_text_config(), "num_hidden_layers", None) or 0) > MOST_LAYERS:
+        raise ValueError(f"a model of {layers:,} layers: over {MOST_LAYERS:,} are not tried")
+    if (key := config.to_json_string(use_diff=False)) not in _built:
         if len(_built) >= KEPT:
             _built.clear()
         with torch.device("meta"), quiet():  # bfloat16: torch's grouped product of experts takes no other there
-            _built[key] = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    _built[key].stands_for = max(layers / MANY, 1.0)
+            _built[key] = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16).eval()
     return _built[key]
 
 
@@ -127,17 +120,16 @@ def weights_estimate(model: nn.Module, setting: Setting) -> int:
     """Bytes that `model`, of `on_meta`, will hold under `setting`, quantisation state included: every Linear quantised
     but the output head, as the audit demands; where the head is quantised too, what it was tied to stays."""
     way, head, seen = find_quantiser(setting.quantisation), model.get_output_embeddings(), set()
-    lists = [one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == MANY]
-    sizes, layers = Counter(), {id(inner) for one in lists for inner in one.modules()}
+    size = 0
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if _is_linear(module) and parameter.dim() == 2 and (module is not head or way.takes_head):
                 outputs = parameter.shape[1 if isinstance(module, Conv1D) else 0]
-                sizes[id(module) in layers] += way.matrix_bytes(parameter.numel(), outputs, setting)
+                size += way.matrix_bytes(parameter.numel(), outputs, setting)
             elif id(parameter) not in seen:
                 seen.add(id(parameter))
-                sizes[id(module) in layers] += parameter.numel() * ITEMSIZE[setting.dtype]
-    return sizes[False] + int(sizes[True] * model.stands_for)
+                size += parameter.numel() * ITEMSIZE[setting.dtype]
+    return size
 
 
 def load_estimate(model: nn.Module, setting: Setting) -> int:
@@ -151,17 +143,16 @@ def load_estimate(model: nn.Module, setting: Setting) -> int:
 def cache_sizes(model: nn.Module, itemsize: int) -> dict:
     """What transformers' own cache holds of a sequence, for `cache_bytes`: told by the shapes of a model of `on_meta`,
     whatever its attention. Raises RuntimeError for the few that read values on their way: a loaded one can be asked."""
-    caches, windows, times = [], Counter(), getattr(model, "stands_for", 1)
+    caches, windows = [], Counter()
     for tokens in LOOK:
         out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True)
-        names = "past_key_values", "cache_params", "state"  # the last two of models that have states alone
-        caches.append(next((out[name] for name in names if out.get(name) is not None), None))
+        caches.append(next((out[name] for name in CACHED_IN if out.get(name) is not None), None))
     two, three = (held_in(cache, itemsize) for cache in caches)
     for before, after in zip(*(getattr(cache, "layers", ()) for cache in caches)):
         if width := getattr(after, "sliding_window", None):  # the last token is not among those that are kept
-            windows[str(width - 1)] += round(times * (held_in(after, itemsize) - held_in(before, itemsize)))
-    return {"kv_bytes_per_token": round(times * (three - two)), "kv_windows": dict(windows),
-            "kv_state_bytes": round(times * (two - LOOK[0] * (three - two)))}
+            windows[str(width - 1)] += held_in(after, itemsize) - held_in(before, itemsize)
+    return {"kv_bytes_per_token": three - two, "kv_windows": dict(windows),
+            "kv_state_bytes": two - LOOK[0] * (three - two)}
 
 
 def cache_bytes(audit: dict, tokens: int) -> int:

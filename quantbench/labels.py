@@ -69,9 +69,9 @@ def cells(run: Iterable[Measurement]) -> list[Cell]:
         model = MODELS[row.model].label if row.model in MODELS else plain(row.model)
         named.append(Cell(row, model, plain(setting), plain(work), row.weights == "random" or row.model in random))
     titles = list(dict.fromkeys(cell.title for cell in named))
+    order = {key: place for place, key in enumerate(SETTINGS)}
     return sorted(named, key=lambda cell: (
-        titles.index(cell.title), [*SETTINGS, cell.row.setting].index(cell.row.setting), cell.setting,
-        *cell.row.work[:0:-1]))
+        titles.index(cell.title), order.get(cell.row.setting, len(order)), cell.setting, *cell.row.work[:0:-1]))
 
 
 def able(named: list[Cell]) -> list[Cell]:

@@ -91,8 +91,9 @@ def load(model: str | os.PathLike, setting: str, weights: str | None = None, gpu
     unknown model or setting, and for a checkpoint that is damaged, incomplete, quantised itself or no causal language
     model; AuditError for a model that is not quantised as its setting says. What the machine cannot do (no GPU, no
     memory, no package) does not raise: it is the returned `status` and `reason`, of which `generate` makes a row."""
-    row, name = on_gpus(find_setting(setting), gpus, machine.facts()), check_name(model, weights)
-    if reason := quantisers.why_not(row, machine.facts()):
+    name, facts = check_name(model, weights), machine.facts()
+    row = on_gpus(find_setting(setting), gpus, facts)
+    if reason := quantisers.why_not(row, facts):
         return LoadedModel(name, row, "unavailable", reason)
     return load_source(find(name, weights), row)
 
@@ -189,8 +190,8 @@ def _greedy(model: nn.Module) -> nn.Module:
 
 
 def _cache_sizes(shapes: nn.Module, lm: LoadedModel) -> dict:
-    """Told by shapes alone; by the model itself where it reads values on its way, or is quantised: other
-    code may read a head's weight, a kernel may not take a shape. Raises AuditError for one that does not run."""
+    """Told by shapes alone; by the model itself where it reads values on its way, or is quantised: other code may read
+    a head's weight, a kernel may not take a shape. Raises AuditError for one that does not run."""
     with contextlib.suppress(RuntimeError):
         if lm.setting.quantisation == "none":
             return cache_sizes(shapes, lm.model.dtype.itemsize)

@@ -9,11 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import quantbench as qb
-from quantbench.inspection import cache_bytes, held_in
+from quantbench.inspection import CACHED_IN, cache_bytes, held_in
 from tests.conftest import CPU_SETTINGS
 
 NEW = 6  # tokens
-STATES_IN = "past_key_values", "cache_params", "state"  # of what a model gives
 TEXT = "A ship came in with the tide, and nobody had seen her before. "
 WORDS = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 1}
 SIZES = WORDS | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -107,4 +106,4 @@ def agrees_with(plain: torch.nn.Module, lm: qb.LoadedModel) -> None:
     assert qb.quality(lm, text=TEXT, context=128, progress=False).perplexity == pytest.approx(by_hand, rel=1e-3)
     for tokens in (1, 8, 15, 16, 17, 40):  # windows are of 16
         out = plain(input_ids=ids[:, :tokens], use_cache=True)
-        assert held_in(next(filter(None, map(out.get, STATES_IN)), None)) == cache_bytes(lm.audit, tokens), tokens
+        assert held_in(next(filter(None, map(out.get, CACHED_IN)), None)) == cache_bytes(lm.audit, tokens), tokens

@@ -199,7 +199,7 @@ def test_every_row_of_a_model_holds_its_weights():
     """A file's pages come in when they are first read: at load, not in one of the generations."""
     with qb.load("distilgpt2", "cpu-fp32", weights="random") as lm:
         rows = [measured(lm, 2, repeats=1, engine=engine) for engine in ("eager", "eager", "graph")]
-    assert min(row.ram_peak_bytes / row.weights_bytes for row in rows) > 0.9  # without them: some 0.05
+    assert min(row.ram_peak_bytes / row.weights_bytes for row in rows) > 0.95  # without them: some 0.05
 
 
 def _touch_200_mb(*_: object) -> None:

@@ -103,7 +103,9 @@ def _room(sizes: dict | None, free: float) -> tuple[float, float, float]:
     if sizes is None:
         return math.nan, math.nan, math.nan
     thousand, each = (cache_bytes(sizes, tokens) for tokens in (1000, 1024))
-    most = bisect.bisect(range(MOST), free, key=lambda tokens: cache_bytes(sizes, tokens)) - 1 + 0 * free  # NaN too
+    if math.isnan(free):
+        return thousand, math.nan, math.nan
+    most = bisect.bisect(range(MOST), free, key=lambda tokens: cache_bytes(sizes, tokens)) - 1
     return thousand, math.inf if most == MOST - 1 else max(most, 0), free // each if each else math.inf
 
 
