@@ -3,9 +3,11 @@
 import textwrap
 from collections.abc import Callable, Iterable
 from itertools import accumulate, cycle, groupby
+from math import ceil
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -98,11 +100,12 @@ def facets(named: list[Cell], bar: Callable[[Cell], Bar], together: bool = False
 
 
 def _split(panels: Panels) -> Panels:
-    """The panels with at most MOST bars each, for a phone's width: of more settings, the next ones follow."""
+    """The panels with about MOST bars each at most, for a phone's width: of more settings, the next ones follow."""
     found: Panels = {}
     for (model, name), panel in panels.items():
-        bars = accumulate(map(len, panel.values()))
-        parts = [dict(part) for _, part in groupby(panel.items(), lambda _: (next(bars) - 1) // MOST)]
+        bars, many = accumulate(map(len, panel.values())), sum(map(len, panel.values()))
+        most = ceil(many / ceil(many / MOST))  # all panels as full as each other
+        parts = [dict(part) for _, part in groupby(panel.items(), lambda _: (next(bars) - 1) // most)]
         found |= {(model, f"{name} · {number} of {len(parts)}" if parts[1:] else name): part
                   for number, part in enumerate(parts, start=1)}
     return found
@@ -115,8 +118,24 @@ def colour_of(key: str) -> str:
     return colours.get(key, GREY)
 
 
+def canvas(title: str, below: str, xlabel: str, rows: int, columns: int, inches: tuple,
+           **how: object) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes [rows, columns] in the look that all charts have; closed for pyplot: shown once."""
+    fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=inches, **how)
+    plt.close(fig)
+    fig.suptitle(title, x=0.01, ha="left", size=TITLE, weight="bold", color=INK, parse_math=False)
+    fig.supxlabel(below, x=0.01, ha="left", size=SMALL, color=GREY, parse_math=False)
+    for ax in axes.flat:
+        ax.set_xlabel(xlabel, size=SMALL, color=GREY)
+        ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#DDDDDD", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return fig, axes
+
+
 def draw(title: str, subtitle: str, panels: Panels, axis: str, note: str = "") -> Figure:
-    """Draw the panels, and under them subtitle, what the lines are, and the note; closed for pyplot: shown once."""
+    """Draw the panels, and under them subtitle, what the lines are, and the note."""
     panels = _split(panels)
     drawn = [bar for panel in panels.values() for bars in panel.values() for bar in bars]
     columns = 1 if len(panels) == 1 or max(len(bar.text) for bar in drawn) > 24 else 2
@@ -126,11 +145,8 @@ def draw(title: str, subtitle: str, panels: Panels, axis: str, note: str = "") -
     sizes = [sum(len(bars) + 0.5 for bars in panel.values()) for panel in panels.values()]  # in bars
     rows = [max(sizes[start:start + columns]) for start in range(0, len(sizes), columns)]
     inches, scales = [0.75 + 0.18 * size for size in rows], {}
-    fig, axes = plt.subplots(len(rows), columns, squeeze=False, layout="constrained", height_ratios=inches,
-                             figsize=(5 + 2.5 * columns, sum(inches) + 0.5 + 0.16 * len(small)))
-    plt.close(fig)
-    fig.suptitle(title, x=0.01, ha="left", size=TITLE, weight="bold", color=INK, parse_math=False)
-    fig.supxlabel("\n".join(small), x=0.01, ha="left", size=SMALL, color=GREY, parse_math=False)
+    size = 5 + 2.5 * columns, sum(inches) + 0.5 + 0.16 * len(small)
+    fig, axes = canvas(title, "\n".join(small), axis, len(rows), columns, size, height_ratios=inches)
     for ax in axes.flat[len(panels):]:
         ax.set_axis_off()
     for place, (((model, name), panel), ax) in enumerate(zip(panels.items(), axes.flat)):
@@ -139,7 +155,6 @@ def draw(title: str, subtitle: str, panels: Panels, axis: str, note: str = "") -
         scales.setdefault(model, ax)
         _draw_panel(ax, panel)
         ax.set_ylim(rows[place // columns] - 0.5, -0.75)
-        ax.set_xlabel(axis, size=SMALL, color=GREY)
         ax.set_title(textwrap.fill(name[:150], 50), loc="left", size=TEXT, weight="bold", color=INK, parse_math=False)
     return fig
 
@@ -160,8 +175,6 @@ def _draw_panel(ax: Axes, panel: dict[str, list[Bar]]) -> None:
                         parse_math=False)
             y += 1
         y += 0.5
-    ax.set_yticks(list(ticks), list(ticks.values()), size=TEXT, parse_math=False)
-    ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
-    ax.spines[["top", "right", "bottom"]].set_visible(False)
-    ax.grid(axis="x", color="#DDDDDD", linewidth=0.8)
-    ax.set_axisbelow(True)
+    ax.set_yticks(list(ticks), list(ticks.values()), parse_math=False)
+    ax.spines["bottom"].set_visible(False)
+    ax.grid(visible=False, axis="y")

@@ -26,7 +26,7 @@ class AuditError(RuntimeError):
     """A model that is not what its setting says: its numbers would be another setting's numbers."""
 
 
-def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
+def audit(model: nn.Module) -> dict:
     """What is quantised and what is not, as plain JSON (`records.Audit`).
 
     `quantised` modules of `class` hold `quantised_bytes` as `details` say; `left` counts Linear layers that are still
@@ -42,8 +42,8 @@ def audit(model: nn.Module, kv_bytes_per_token: int) -> dict:
         "quantiser": ", ".join(sorted(owners)) or "none", "quantised": owners.total(),
         "class": ", ".join(sorted(classes)) or None, "quantised_bytes": sizes["quantised"],
         "embedding_bytes": sizes["embedding"], "step_bytes": total.total() - sizes["unread"],
-        "step_products": sizes["products"], "kv_bytes_per_token": kv_bytes_per_token, "left": dict(left),
-        "kept": dict(kept), "storage_dtype": told.get("storage_dtype", name_of(model.dtype)),
+        "step_products": sizes["products"], "left": dict(left), "kept": dict(kept),
+        "storage_dtype": told.get("storage_dtype", name_of(model.dtype)),
         "compute_dtype": told.get("compute_dtype", name_of(model.dtype)), "bytes": dict(total),
         "gpu_bytes": [gpus[number] for number in sorted(gpus)] if len(gpus) > 1 else None,
         "details": told if len(details) < 2 else {"mixed": str(details)[:500]},
@@ -119,8 +119,7 @@ _built: dict[str, nn.Module] = {}  # by their configurations
 def weights_estimate(model: nn.Module, setting: Setting) -> int:
     """Bytes that `model`, of `on_meta`, will hold under `setting`, quantisation state included: every Linear quantised
     but the output head, as the audit demands; where the head is quantised too, what it was tied to stays."""
-    way, head, seen = find_quantiser(setting.quantisation), model.get_output_embeddings(), set()
-    size = 0
+    way, head, seen, size = find_quantiser(setting.quantisation), model.get_output_embeddings(), set(), 0
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if _is_linear(module) and parameter.dim() == 2 and (module is not head or way.takes_head):

@@ -47,8 +47,8 @@ class LoadedModel(contextlib.AbstractContextManager):
         """`input_ids` and `attention_mask` on the device, each of shape [batch_size, prompt tokens]."""
         if self.model is None:
             raise RuntimeError(f"{self!r}: load it again")
-        ids = tokens_of(self.tokenizer, prompt, self.model.config, self.name)
-        ids = torch.tensor([ids], device=self.device).repeat(batch_size, 1)
+        ids = [tokens_of(self.tokenizer, prompt, self.model.config, self.name)] * batch_size
+        ids = torch.tensor(ids, device=self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def decode(self, ids: torch.Tensor) -> str | None:
@@ -91,8 +91,7 @@ def load(model: str | os.PathLike, setting: str, weights: str | None = None, gpu
     unknown model or setting, and for a checkpoint that is damaged, incomplete, quantised itself or no causal language
     model; AuditError for a model that is not quantised as its setting says. What the machine cannot do (no GPU, no
     memory, no package) does not raise: it is the returned `status` and `reason`, of which `generate` makes a row."""
-    name, facts = check_name(model, weights), machine.facts()
-    row = on_gpus(find_setting(setting), gpus, facts)
+    row, name = on_gpus(find_setting(setting), gpus, facts := machine.facts()), check_name(model, weights)
     if reason := quantisers.why_not(row, facts):
         return LoadedModel(name, row, "unavailable", reason)
     return load_source(find(name, weights), row)
@@ -115,7 +114,7 @@ def load_source(source: Source, setting: Setting) -> LoadedModel:
         shapes = on_meta(config)  # before transformers writes into it
         _load_timed(lm, source, folder, config)
         lm.tokenizer = read_tokenizer(folder, config.get_text_config().vocab_size)
-        lm.audit = audit(lm.model, 0)
+        lm.audit = audit(lm.model)
         lm.weights_bytes = sum(lm.audit["bytes"].values())
         check(lm.audit, setting)
         lm.audit |= _cache_sizes(shapes, lm)

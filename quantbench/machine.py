@@ -195,13 +195,6 @@ def gpus_busy(gpus: int) -> list[float | None]:
     return [_nvml(lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100, gpu) for gpu in range(gpus)]
 
 
-def cores_used() -> tuple[float, float, float]:
-    """Seconds of all cores since some start: busy, busy for this process, and all that there were."""
-    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    every = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # these are in others
-    return every - times.idle - getattr(times, "iowait", 0.0), own.user + own.system, every
-
-
 def _nvml(read, gpu: int = 0):
     """What `read` gives for one of this process's GPUs; None where NVML cannot tell."""
     with contextlib.suppress(pynvml.NVMLError):

@@ -120,7 +120,7 @@ class Measurement(Subject):
     energy_j: Annotated[list[Amount], Many] | None = None
     rounds: Annotated[list[Name], Many] = field(default_factory=list)
     sampled_at: Annotated[list[Amount], Many] = field(default_factory=list)
-    others_busy: Annotated[list[Amount], Many] = field(default_factory=list)  # share of all cores that others took
+    others_busy: Annotated[list[Amount], Many] | None = None  # in rows of 2026-11
     text: Text | None = None  # the continuation; None where the weights are random
     weights_bytes: Count | None = None
     held_before_bytes: Count | None = None  # what the process held before load: VRAM on a GPU, resident on a CPU
@@ -139,7 +139,7 @@ class Measurement(Subject):
     versions: Versions = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "sampled_at", "others_busy"):
+        for name in ("rounds", "sampled_at"):
             if getattr(self, name) and len(getattr(self, name)) != len(self.latencies_s):
                 raise ValueError(f"{name} must be as many as latencies_s")
 

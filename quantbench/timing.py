@@ -17,7 +17,7 @@ from quantbench.tokens import check_length, context_length
 REPEATS = (3, 10)  # at least, at most
 CLOSE_ENOUGH = 0.03  # stop repeating when half the range is within this share of the median
 CPU_WARM_UP_TOKENS = 16  # on a GPU the warm-up has full length: kernels are chosen and memory is grown by then
-SAMPLE = ("latencies_s", "first_token_s", "energy_j", "others_busy", "sampled_at", "rounds")
+SAMPLE = ("latencies_s", "first_token_s", "energy_j", "sampled_at", "rounds")
 
 
 def generate(lm: LoadedModel, prompt: str = PROMPT, max_new_tokens: int = 128, *, batch_size: int = 1,
@@ -113,10 +113,9 @@ class Timed:
         self.engine.rewind()
         device, at, held = self.lm.device, time.time(), machine.held_bytes(self.lm.device)
         machine.reset_peak(device)
-        cores, start_j = machine.cores_used(), machine.energy_j(device, self.lm.setting.gpus)
+        start_j = machine.energy_j(device, self.lm.setting.gpus)
         seconds, self.output = self._timed(self.workload.max_new_tokens)
         end_j = machine.energy_j(device, self.lm.setting.gpus)
-        busy, own, every = (after - before for before, after in zip(cores, machine.cores_used()))
         if self.lm.load_peak_bytes is not None:  # else no peak of it can be told
             self.peak_bytes = max(self.peak_bytes or 0, machine.peak_bytes(device) - held)
         if (gpus := self.lm.setting.gpus) > 1:
@@ -126,8 +125,7 @@ class Timed:
         self.engine.rewind()
         first = self._timed(1)[0]
         joules = None if start_j is None or end_j < start_j else end_j - start_j  # less: the counter started anew
-        others = min(max((busy - own) / every, 0.0), 1.0) if every > 0 else 0.0
-        for name, value in zip(SAMPLE, (seconds, first, joules, others, at, round_name)):
+        for name, value in zip(SAMPLE, (seconds, first, joules, at, round_name)):
             self.samples[name].append(value)
 
     def _timed(self, tokens: int) -> tuple[float, torch.Tensor]:

@@ -288,7 +288,7 @@ def test_a_model_is_measured_once_and_loads_as_it_was_audited(tiny_gpt2, monkeyp
     assert qb.choose(folder, **asked).answer == choice.answer and [*run] == before
     row, told = next(row for row in run if row.setting == "cpu-int4"), {}
     exec(load_line(row), told)
-    loaded = inspection.audit(told["model"], 0)
+    loaded = inspection.audit(told["model"])
     assert (loaded["details"], loaded["bytes"]) == (row.audit["details"], row.audit["bytes"])
     qb.choose(folder, **asked, engine=["eager", "graph"])
     graphs = [row for row in run if row.engine == "graph"]

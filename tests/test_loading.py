@@ -102,7 +102,7 @@ def test_a_model_half_quantised_or_otherwise_quantised_is_named(tiny_gpt2):
                 check(lm.audit, qb.SETTINGS[other])
         lm.model.transformer.h[0].mlp.c_fc = torch.nn.Linear(64, 256)
         with pytest.raises(qb.AuditError, match="7 modules were quantised, but 1 Linear were left"):
-            check(audit(lm.model, 0), lm.setting)
+            check(audit(lm.model), lm.setting)
     with qb.load(tiny_gpt2, "cpu-int8") as lm:
         with pytest.raises(qb.AuditError, match="threshold is 6.0 in the model, and 0.0 in the setting"):
             check(lm.audit, qb.SETTINGS["gpu-int8-nosplit"])
@@ -152,7 +152,7 @@ class Codes(torch.nn.Module):
 def test_what_no_entry_knows_is_still_seen_to_be_quantised(tiny_llama, dtype):
     with qb.load(tiny_llama, "cpu-fp32") as lm:
         lm.model.model.layers[0].mlp.up_proj = Codes(dtype)
-        found = audit(lm.model, 0)
+        found = audit(lm.model)
         assert (found["quantiser"], found["class"], found["storage_dtype"]) == ("stored", "Codes", str(dtype)[6:])
         with pytest.raises(qb.AuditError, match="1 modules are quantised"):
             check(found, lm.setting)
@@ -219,7 +219,7 @@ def test_linear_computes_what_conv1d_computed(tiny_gpt2):
         inputs = lm.encode(qb.PROMPT)
         before = lm.model(**inputs).logits
         conv1d_to_linear(lm.model)
-        assert lm.audit["left"] == {"Conv1D": 8} and audit(lm.model, 0)["left"] == {"Linear": 8}
+        assert lm.audit["left"] == {"Conv1D": 8} and audit(lm.model)["left"] == {"Linear": 8}
         assert torch.allclose(lm.model(**inputs).logits, before, atol=1e-5)
 
 

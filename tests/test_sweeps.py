@@ -22,6 +22,7 @@ import torch
 
 import quantbench as qb
 from quantbench import machine
+from quantbench.loading import LoadedModel
 from quantbench.quantisers import why_not
 from quantbench.settings import Workload
 from quantbench.sweeps import rounds, workers
@@ -78,6 +79,22 @@ def test_models_that_do_not_fit_together_are_loaded_in_turn_in_rounds_all_the_sa
     assert statuses(rows) == dict.fromkeys(BOTH, "ok") and most == [1]
     assert set(rows[0].rounds) == set(rows[1].rounds) and len(rows[0].rounds) == len(rows[0].latencies_s) == 2
     assert "they are loaded in turn, for 2 rounds" in capsys.readouterr().out
+
+
+def test_what_runs_out_of_memory_beside_others_is_measured_in_turn_with_the_baseline(tiny_llama, monkeypatch, capsys):
+    def free_bytes(device, gpus=1):
+        loaded = [one for one in gc.get_objects() if type(one) is LoadedModel and one.status == "ok"]
+        return 10 if len(loaded) > 2 else 10**12  # room for two
+
+    monkeypatch.setattr(machine, "free_bytes", free_bytes)
+    three, run = ["cpu-fp32", "cpu-bf16", "cpu-int8-weights"], qb.Run()
+    rows = list(qb.sweep(tiny_llama, three, [3, 4], repeats=3, executor="inline", run=run, progress=False))
+    assert [row.setting for row in rows] == [three[1], three[0], three[2]] * 2  # the baseline when it was beside both
+    assert {row.status for row in rows} == {"ok"} and len(run) == 6
+    for short in (run.only(max_new_tokens=3), run.only(max_new_tokens=4)):
+        near, base, late = short
+        assert len(base.rounds) == 6 and {*base.rounds} == {*near.rounds, *late.rounds}
+    assert capsys.readouterr().out.count("2 models do not fit in memory together; they are loaded in turn") == 2
 
 
 def test_a_second_sweep_with_more_repeats_goes_on_and_one_with_a_trace_measures_it(tiny_gpt2, tmp_path):
@@ -145,7 +162,7 @@ def test_a_process_that_stands_out_is_measured_again_and_both_are_kept(tiny_gpt2
 
 def test_rounds_beyond_what_a_row_takes_leave_the_last():
     """A second process, or a run that goes on, adds to what may be all that was asked for."""
-    many = {name: [1.0] * 9_999 for name in ("latencies_s", "first_token_s", "sampled_at", "others_busy", "energy_j")}
+    many = {name: [1.0] * 9_999 for name in ("latencies_s", "first_token_s", "sampled_at", "energy_j")}
     row = qb.Measurement(model="gpt2", setting="cpu-fp32", max_new_tokens=2, rounds=[*map(str, range(9_999))], **many)
     both = rounds.joined(row, replace(row, rounds=[f"later-{name}" for name in row.rounds]))
     assert (len(both.latencies_s), len(both.energy_j), both.rounds[0]) == (10_000, 10_000, "9998")

@@ -73,7 +73,7 @@ def estimates(model: str | os.PathLike, on: str | dict | None = None, run: Run |
     facts, free, rates = _here(Run.given(run)) if on is None else _there(on)
     shapes, made = on_meta(config := config_for(model)), []
     own = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-    found = audit(shapes, 0)
+    found = audit(shapes)
     unread = (sum(found["bytes"].values()) - found["step_bytes"]) // torch.bfloat16.itemsize  # tables, idle experts
     table, head = shapes.get_input_embeddings().weight, shapes.get_output_embeddings()
     tied = table.numel() if head is not None and head.weight is table else 0  # a table apart once the head is quantised

@@ -31,12 +31,13 @@ def gathered(sources: Iterable[Source], per_source: bool = False) -> pd.DataFram
     for number, source in enumerate(sources):
         for row in Run.read(source) if isinstance(source, (str, os.PathLike)) else Run.of(source):
             machine, versions = row.machine_name, (("driver", row.machine.get("driver")), *row.subject[-1])
-            sides.setdefault((machine, versions, number * per_source), {})[_anywhere(row)] = row
+            sides.setdefault((machine, versions, number * per_source), {})[row.cell[:-1], row.work] = row
             shared[machine] = shared.get(machine, set(versions)).intersection(versions)
     if not sides:
         raise ValueError("nothing to compare: give runs or paths of results files")
     every = {key: row for rows in sides.values() for key, row in rows.items()}
-    named, found = [(place, _anywhere(cell.row), cell) for place, cell in enumerate(cells(every.values()))], []
+    keys, found = {id(row): key for key, row in every.items()}, []
+    named = [(place, keys[id(cell.row)], cell) for place, cell in enumerate(cells(every.values()))]
     for side, ((machine, versions, _), rows) in enumerate(sides.items()):
         here = {place: replace(cell, row=rows[key], random=False) for place, key, cell in named if key in rows}
         told = [f"{plain(name)} {cut(version, 12)}" for name, version in versions
@@ -55,11 +56,6 @@ def gathered(sources: Iterable[Source], per_source: bool = False) -> pd.DataFram
     frame = pd.DataFrame(found).astype(dict.fromkeys([_RATE, "Own ratio", "low", "high"], float))
     frame["Machine"] = (frame["machine"] + " · " + frame["versions"]).str.removesuffix(" · ")
     return frame.sort_values(["place", "side"], ignore_index=True)
-
-
-def _anywhere(row: Measurement) -> tuple:
-    """What makes rows the same cell, wherever they ran."""
-    return row.cell[:-1], row.work
 
 
 def compare_table(*runs: Source) -> pd.DataFrame:

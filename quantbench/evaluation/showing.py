@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterable
 from itertools import cycle
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from quantbench.charts import GREY, INK, SMALL, TITLE, colour_of
+from quantbench.charts import GREY, INK, SMALL, canvas, colour_of
 from quantbench.evaluation.judging import MEMORY, Scored, beats, groups, on_what
 from quantbench.labels import cells, machine_of
 from quantbench.records import FIGURES
@@ -57,7 +58,7 @@ def show_quality(run: Iterable) -> Tables:
     return Tables(shown, empty="no quality measured yet")
 
 
-def plot_quality(run: Iterable) -> plt.Figure:
+def plot_quality(run: Iterable) -> Figure:
     """Speed against closeness to the reference, per model and text: the upper right corner is the best. A mark's area
     is the memory, in GB in the legend, which has the closest first; a hollow one is beaten by another of its device.
     Raises ValueError where no setting has both, and for rows of two machines."""
@@ -66,17 +67,15 @@ def plot_quality(run: Iterable) -> plt.Figure:
     both = [[one for one in group if one.cell and one.found.kl_mean is not None] for group in groups(run)]
     if not (panels := [sorted(some, key=lambda one: one.found.kl_mean) for some in both if some]):
         raise ValueError("no setting here has both speed and quality: qb.generate and qb.quality give them")
-    fig, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(9, 0.6 + 4 * len(panels)), layout="constrained")
-    plt.close(fig)
-    fig.suptitle("Speed against quality: up and to the right is better", x=0.01, ha="left", size=TITLE, weight="bold")
+    title, size = "Speed against quality: up and to the right is better", (9, 0.6 + 4 * len(panels))
+    fig, axes = canvas(title, machine, FIGURES["tokens_per_s"], len(panels), 1, size)
     for ax, panel in zip(axes[:, 0], panels):
-        ax.set_title(f"{panel[0].model} on {machine}\n{on_what(panel)}", loc="left", size=SMALL, color=GREY,
-                     parse_math=False)
+        ax.set_title(f"{panel[0].model}\n{on_what(panel)}", loc="left", size=SMALL, color=GREY, parse_math=False)
         _draw(ax, panel)
     return fig
 
 
-def _draw(ax: plt.Axes, panel: list[Scored]) -> None:
+def _draw(ax: Axes, panel: list[Scored]) -> None:
     held = [next(((gb, of) for name, of in MEMORY.items() if (gb := getattr(one.cell.row, name))), (0, ""))
             for one in panel]
     for shape, one, (gb, of) in zip(cycle("oD^sv<>phPX*8"), panel, held):
@@ -89,11 +88,7 @@ def _draw(ax: plt.Axes, panel: list[Scored]) -> None:
     ax.set_yscale("symlog", linthresh=min((one.found.kl_mean for one in panel if one.found.kl_mean > 0), default=1e-5))
     ax.invert_yaxis()
     ax.set_xlim(0, 1.05 * ax.get_xlim()[1])
-    ax.set_xlabel(FIGURES["tokens_per_s"], size=SMALL, color=GREY)
     ax.set_ylabel("KL from the reference, nats", size=SMALL, color=GREY)
-    ax.tick_params(length=0, labelsize=SMALL)
-    ax.grid(color="#DDDDDD", linewidth=0.8)
-    ax.spines[["top", "right"]].set_visible(False)
     legend = ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=SMALL)
     for text in legend.get_texts():
         text.set_parse_math(False)

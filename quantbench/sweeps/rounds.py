@@ -8,7 +8,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from statistics import median
 
@@ -52,16 +52,16 @@ class Rounds:
             yield from (cell.row("unavailable", cell.unavailable) for cell in self.cells if cell.unavailable)
             self._start([*{cell.seat: cell for cell in able}.values()] if together else [])
             for _, group in groupby(able, key=lambda cell: cell.workload):
-                yield from self._together(list(group), {}) if together else self._in_turn(list(group))
+                yield from self._with_room(list(group)) if together else self._in_turn(list(group), {})
         except Stopped:
             return
         finally:
-            for cell in self.cells:
-                self._close(cell)
+            self._close(*self.cells)
 
-    def _close(self, cell: Cell) -> None:
-        if cell.seat in self.desks:
-            self.desks.pop(cell.seat).close()
+    def _close(self, *cells: Cell) -> None:
+        for cell in cells:
+            if cell.seat in self.desks:
+                self.desks.pop(cell.seat).close()
 
     def _start(self, cells: list[Cell]) -> None:
         """The process of each: those that are spawned import side by side, and are through with it before a load."""
@@ -128,12 +128,27 @@ class Rounds:
         if again:
             yield from self._together(list(again), again)
 
-    def _in_turn(self, cells: list[Cell]) -> Iterator[Measurement]:
+    def _with_room(self, cells: list[Cell]) -> Iterator[Measurement]:
+        """All together; what runs out of memory beside the others, whose caches no estimate of weights counts, is
+        loaded in turn with the baseline once they are gone."""
+        asked, base, held, crowded = {cell.key: cell for cell in cells}, _base(cells), {}, []
+        for row in self._together(cells, {}):
+            if row.status == "out_of_memory" and len(self.desks) > 1:
+                crowded.append(asked[row.key])
+            elif crowded and row.status == "ok" and asked[row.key] is base:
+                held[base] = row
+            else:
+                yield row
+        if crowded:
+            self._close(*cells)
+            yield from self._in_turn([*held, *crowded], held)
+
+    def _in_turn(self, cells: list[Cell], first: dict[Cell, Measurement]) -> Iterator[Measurement]:
         """Each model loaded anew in every round: slow, but the rounds are the same moments for all."""
         name, rounds = uuid.uuid4().hex[:8], cells[0].workload.repeats or LEAST
         tqdm.write(f"{cells[0].model}: {len(cells)} models do not fit in memory together; they are loaded in turn, for "
                    f"{rounds} rounds")
-        made, alive = dict.fromkeys(cells), list(cells)
+        made, alive = {cell: first.get(cell) for cell in cells}, list(cells)
         for number in range(1, rounds + 1):
             for cell in random.sample(alive, len(alive)):
                 row = self._ask(cell, "loading", "prepare", cell) or \
@@ -164,7 +179,7 @@ def _fit(cells: list[Cell]) -> bool:
     return all(count <= machine.free_bytes(device) for device, count in needed.items())
 
 
-def _base(rates: Rates) -> Cell:
+def _base(rates: Iterable[Cell]) -> Cell:
     return next((cell for key in BASELINES for cell in rates if cell.setting.key == key), next(iter(rates)))
 
 
@@ -203,7 +218,7 @@ def joined(before: Measurement | None, after: Measurement) -> Measurement:
     if after.status != "ok":
         return dataclasses.replace(before, reason=reason)
     both = {name: (getattr(before, name) + getattr(after, name))[-MOST_SAMPLES:]
-            for name in ("latencies_s", "first_token_s", "rounds", "sampled_at", "others_busy")}
+            for name in ("latencies_s", "first_token_s", "rounds", "sampled_at")}
     both |= {name: max(filter(None, [getattr(before, name), getattr(after, name)]), default=None)
              for name in ("vram_peak_bytes", "ram_peak_bytes")}
     energy_j = (before.energy_j + after.energy_j)[-MOST_SAMPLES:] if before.energy_j and after.energy_j else None

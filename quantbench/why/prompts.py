@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from itertools import groupby
 from math import nan
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from quantbench.charts import GREY, INK, SMALL, TEXT, TITLE, checked, colour_of
+from quantbench.charts import GREY, INK, SMALL, TEXT, canvas, checked, colour_of
 from quantbench.conclusions import Findings, compared
 from quantbench.intervals import median_interval
 from quantbench.labels import Cell, cells, machine_of
@@ -49,7 +50,7 @@ def prompt_findings(run: Iterable[Measurement]) -> Findings:
     return Findings(said or ["fewer than two prompt lengths measured yet"])
 
 
-def plot_prompts(run: Iterable[Measurement]) -> plt.Figure:
+def plot_prompts(run: Iterable[Measurement]) -> Figure:
     """Prefill and decode against prompt length at the smallest batch, a line per setting with its 95% intervals, and a
     map of which setting gives the whole answer first, by prompt length and batch. Raises ValueError for no two prompt
     lengths or two machines."""
@@ -60,16 +61,8 @@ def plot_prompts(run: Iterable[Measurement]) -> plt.Figure:
         models.setdefault((model, row.engine, row.depth, row.cache, row.max_new_tokens), {})[shared] = lengths
     if not models:
         raise ValueError("nothing to draw: it takes two prompt lengths (sweep's prompt_tokens)")
-    size = 10, 2.9 * len(models) + 0.8
-    figure, axes = plt.subplots(len(models), 3, squeeze=False, figsize=size, layout="constrained")
-    plt.close(figure)
-    figure.suptitle("Reading a prompt and writing an answer", x=0.01, ha="left", size=TITLE, weight="bold", color=INK)
-    figure.supxlabel(f"{machine} · Bars: 95% interval of the median", x=0.01, ha="left", size=SMALL, color=GREY,
-                     parse_math=False)
-    for ax in axes.flat:
-        ax.set_xlabel("Prompt tokens", size=SMALL, color=GREY)
-        ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
-        ax.spines[["top", "right"]].set_visible(False)
+    title, below = "Reading a prompt and writing an answer", f"{machine} · Bars: 95% interval of the median"
+    figure, axes = canvas(title, below, "Prompt tokens", len(models), 3, (10, 2.9 * len(models) + 0.8))
     for line, ((model, *_), batches) in zip(axes, models.items()):
         shared, lengths = next(iter(batches.items()))
         for ax, rate in zip(line, RATES):
@@ -125,7 +118,7 @@ def _crossing(lengths: dict[int, list[Cell]], before: int, after: int) -> int | 
     return min(max(rounded(place), before), after)
 
 
-def _draw_rate(ax: plt.Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:
+def _draw_rate(ax: Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:
     drawn = [cell for group in lengths.values() for cell in group]
     for setting in dict.fromkeys(map(_name, drawn)):
         line = [cell for cell in drawn if _name(cell) == setting]
@@ -138,10 +131,9 @@ def _draw_rate(ax: plt.Axes, rate: str, lengths: dict[int, list[Cell]]) -> None:
     ax.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
     ax.minorticks_off()
     ax.set_ylabel(FIGURES[rate], size=SMALL, color=GREY)
-    ax.grid(color="#DDDDDD", linewidth=0.8)
 
 
-def _draw_fastest(ax: plt.Axes, batches: list[dict[int, list[Cell]]]) -> None:
+def _draw_fastest(ax: Axes, batches: list[dict[int, list[Cell]]]) -> None:
     lengths = sorted({length for one in batches for length in one})
     for place, one in enumerate(batches):
         for length, group in one.items():
@@ -153,4 +145,5 @@ def _draw_fastest(ax: plt.Axes, batches: list[dict[int, list[Cell]]]) -> None:
     ax.set_xticks([column + 0.5 for column in range(len(lengths))], [f"{length:,}" for length in lengths])
     ax.set(xlim=(0, len(lengths)), ylim=(len(batches) - 0.5, -0.5))
     ax.set_title("First with the whole answer", loc="left", size=SMALL, color=GREY)
+    ax.grid(visible=False)
     ax.spines[:].set_visible(False)
