@@ -28,9 +28,10 @@ COSTS = {"Tokens/sec": 1, "VRAM (GB)": 3, "Weights (GB)": 3, "Top-1 agreement": 
 
 @cache
 def published(folder: str = "") -> dict[str, qb.Run]:
-    """The published runs of a folder by file: what notebooks 01 and 02 measure, or of FOLDERS; GPUs come first."""
+    """The published runs of a folder by file: what notebooks 01 and 02 measure, or of FOLDERS; GPUs come first, of
+    these what has the most rows."""
     runs = {path.stem: qb.Run.read(path) for path in sorted((PUBLISHED / folder).glob("*.jsonl"))}
-    return dict(sorted(runs.items(), key=lambda item: not machine(item[1]).get("gpu")))
+    return dict(sorted(runs.items(), key=lambda item: (not machine(item[1]).get("gpu"), -len(item[1]))))
 
 
 def machine(run: qb.Run) -> dict:

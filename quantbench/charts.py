@@ -90,7 +90,8 @@ def facets(named: list[Cell], bar: Callable[[Cell], Bar], together: bool = False
     panels: Panels = {}
     for cell in able(named):
         bars = panels.setdefault((cell.title, cell.title if together else f"{cell.title} · {cell.workload}"), {})
-        bars.setdefault(cell.setting, []).append(bar(cell) if cell.measured else Bar(cell, None, cell.status))
+        bars.setdefault(cell.setting, []).append(
+            bar(cell) if cell.measured else Bar(cell, None, cell.row.status.replace("_", " ")))
 
     def rank(item: tuple[str, list[Bar]]) -> tuple[bool, float]:
         values = [bar.value for bar in item[1] if bar.value is not None]
@@ -118,15 +119,14 @@ def colour_of(key: str) -> str:
     return colours.get(key, GREY)
 
 
-def canvas(title: str, below: str, xlabel: str, rows: int, columns: int, inches: tuple,
-           **how: object) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes [rows, columns] in the look that all charts have; closed for pyplot: shown once."""
-    fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=inches, **how)
+def canvas(title: str, below: str, axis: str, shape: tuple, inches: tuple, **how: object) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, `shape` (rows, columns), in the look of all charts; closed for pyplot: shown once."""
+    fig, axes = plt.subplots(*shape, squeeze=False, layout="constrained", figsize=inches, **how)
     plt.close(fig)
     fig.suptitle(title, x=0.01, ha="left", size=TITLE, weight="bold", color=INK, parse_math=False)
     fig.supxlabel(below, x=0.01, ha="left", size=SMALL, color=GREY, parse_math=False)
     for ax in axes.flat:
-        ax.set_xlabel(xlabel, size=SMALL, color=GREY)
+        ax.set_xlabel(axis, size=SMALL, color=GREY)
         ax.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="#DDDDDD", linewidth=0.8)
@@ -146,7 +146,7 @@ def draw(title: str, subtitle: str, panels: Panels, axis: str, note: str = "") -
     rows = [max(sizes[start:start + columns]) for start in range(0, len(sizes), columns)]
     inches, scales = [0.75 + 0.18 * size for size in rows], {}
     size = 5 + 2.5 * columns, sum(inches) + 0.5 + 0.16 * len(small)
-    fig, axes = canvas(title, "\n".join(small), axis, len(rows), columns, size, height_ratios=inches)
+    fig, axes = canvas(title, "\n".join(small), axis, (len(rows), columns), size, height_ratios=inches)
     for ax in axes.flat[len(panels):]:
         ax.set_axis_off()
     for place, (((model, name), panel), ax) in enumerate(zip(panels.items(), axes.flat)):

@@ -83,8 +83,8 @@ def _looked_through(model: nn.Module) -> tuple:
 
 def check(found: dict, setting: Setting) -> None:
     """Raise AuditError unless the audit `found` is what `setting` promises. What a checkpoint stores is as it is."""
-    expected, left = setting.quantisation, listed([f"{n} {kind}" for kind, n in found["left"].items()] or ["none"])
-    wrong = None
+    expected, way, wrong = setting.quantisation, find_quantiser(setting.quantisation), None
+    left = listed([f"{n} {kind}" for kind, n in found["left"].items()] or ["none"])
     if expected == "none":
         if found["quantised"]:
             wrong = f"{found['quantised']} modules are quantised ({found['class']}), which the setting does not say"
@@ -93,8 +93,8 @@ def check(found: dict, setting: Setting) -> None:
     elif expected != "stored" and found["quantiser"] != expected:
         wrong = f"modules are quantised as {found['quantiser']}, not as {expected}"
     elif expected != "stored" and found["left"]:
-        wrong = f"{found['quantised']} modules were quantised, but {left} were left"
-    for name, value in {} if wrong else find_quantiser(expected).promise(setting).items():
+        wrong = f"{found['quantised']} modules were quantised, but {left} were left" + way.takes
+    for name, value in {} if wrong else way.promise(setting).items():
         if (is_now := found["details"].get(name)) != value:
             wrong = f"{name} is {is_now!r} in the model, and {value!r} in the setting"
     if wrong:

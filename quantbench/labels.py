@@ -8,6 +8,8 @@ from quantbench.records import Measurement, Subject, records_in
 from quantbench.settings import MODELS, SETTINGS
 from quantbench.wording import cut, plain
 
+NOT_HERE = "unavailable", "failed"  # a line of text, in place of an empty bar
+
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -30,14 +32,9 @@ class Cell:
         return self.row.status == "ok" and self.row.tokens_per_s is not None
 
     @property
-    def status(self) -> str:
-        """ "ok", "unavailable", "out of memory", ..."""
-        return self.row.status.replace("_", " ")
-
-    @property
     def outcome(self) -> str:
         """The status, with its reason: "unavailable: no NVIDIA GPU"; at most 160 characters."""
-        return cut(f"{self.status}: {self.row.reason}" if self.row.reason else self.status, 160)
+        return cut(": ".join(filter(None, [self.row.status.replace("_", " "), self.row.reason])), 160)
 
     @property
     def note(self) -> str:
@@ -75,13 +72,15 @@ def cells(run: Iterable[Measurement]) -> list[Cell]:
 
 
 def able(named: list[Cell]) -> list[Cell]:
-    """Those that this machine can run; all where it can run none."""
-    return [cell for cell in named if cell.row.status != "unavailable"] or named
+    """Those that this machine can run, and that did not fail; all where there is none."""
+    return [cell for cell in named if cell.row.status not in NOT_HERE] or named
 
 
 def not_here(named: list[Cell]) -> str:
-    """The line under a chart or a table: which settings this machine cannot run, and why."""
-    why = {cell.setting: cut(cell.row.reason or "", 120) for cell in named if cell.row.status == "unavailable"}
+    """The line under a chart or a table: which settings this machine cannot run, or which failed, and why."""
+    ran = {cell.setting for cell in named if cell.row.status not in NOT_HERE}  # for another model
+    why = {f"{cell.title}, " * (cell.setting in ran) + cell.setting: cut(cell.row.reason or "", 120)
+           for cell in named if cell.row.status in NOT_HERE}
     return "Not here: " * bool(why) + "; ".join(f"{', '.join(one for one in why if why[one] == reason)}: {reason}"
                                                 for reason in dict.fromkeys(why.values()))
 

@@ -32,6 +32,7 @@ class Quantiser:
     package: str | None = None
     hue: str | None = None  # of its settings in charts, "int8" or "int4"; None: the dtype's
     starts_on: str | None = None  # the device that the weights are read to; None: the setting's
+    takes = ""  # in words which matrices alone, where not all
     takes_head = False  # the output head is quantised too
     stepwise = False  # a token's logits depend on what else is in the pass
     takes_folder = True  # of weights as safetensors
@@ -222,8 +223,7 @@ def why_not(setting: Setting, facts: dict) -> str | None:
     if setting.gpus > 1 and find_quantiser(setting.quantisation).starts_on:
         return f"{setting.label} is quantised on one GPU only"
     if setting.device == "cuda" and setting.dtype == "bfloat16" and facts["gpu_capability"] < [8, 0]:
-        major, minor = facts["gpu_capability"]
-        return f"compute capability {major}.{minor} only emulates bfloat16 (8.0 or later has it)"
+        return "compute capability {}.{} only emulates bfloat16 (8.0 or later has it)".format(*facts["gpu_capability"])
     return find_quantiser(setting.quantisation).why_not(setting, facts)
 
 

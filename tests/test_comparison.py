@@ -132,7 +132,7 @@ def test_too_few_rounds_memory_what_stopped_working_and_runs_with_nothing_in_com
         assert said[1] == "Not compared: 1 of 2 cells (under 6 rounds with the same baseline)." and len(said) == 3
     said = changes([row(), row("gpu-fp16")], [row(weights_bytes=2 * 10**9), failed()])
     assert said[0] == "One: the same versions of everything."
-    assert {*said[1:3]} == {"GPT-2, GPU FP16, 100 tokens: was ok, now unavailable.",
+    assert {*said[1:3]} == {"GPT-2, GPU FP16, 100 tokens: was ok, now unavailable: no GPU.",
                             "GPT-2, CPU FP32, 100 tokens: Weights (GB) 1.000 → 2.000."}
     assert "nothing to hold it against" in changes([row()], [row(cpu="Two")])[0]
     assert changes([row()], [row("cpu-int8")])[1] == "No cell is in both."

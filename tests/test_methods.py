@@ -70,13 +70,13 @@ def test_what_was_left_is_refused(tiny_gpt2, tiny_llama, monkeypatch):
     with pytest.raises(qb.AuditError, match="1 modules were quantised, but 8 Conv1D were left"):
         qb.load(tiny_gpt2, "left")
     monkeypatch.setattr(cpu_packed.GroupInt4, "group", 128)  # which its inputs of 64 are no multiple of
-    with pytest.raises(qb.AuditError, match="2 modules were quantised, but 12 Linear were left"):
+    with pytest.raises(qb.AuditError, match="2 modules were quantised, but 12 Linear were left: it takes Linear with a multiple of 32"):
         qb.load(tiny_llama, "cpu-int4-weights")
 
 
 def test_rows_that_the_int8_kernel_would_read_past_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY["llama"] | {"intermediate_size": 100}))
-    with pytest.raises(qb.AuditError, match="13 modules were quantised, but 2 Linear were left"):
+    with pytest.raises(qb.AuditError, match="13 modules were quantised, but 2 Linear were left: it takes Linear with a multiple of 16"):
         qb.load(tmp_path, "cpu-int8-weights")
 
 

@@ -58,8 +58,8 @@ def _told(row: dict) -> list[str]:
     if row["verdict"] in ("faster", "slower"):
         said.append(f"{row['verdict']} by {abs(row['move'] - 1):.0%} against {row['Baseline']} "
                     f"({span((row['low'], row['high']), '.2f')} times what it was).")
-    if old.status != new.status:
-        said.append(f"was {old.status}, now {new.status}.")
+    if old.row.status != new.row.status:
+        said.append(f"was {old.outcome.partition(':')[0]}, now {new.outcome}.")
     for name in ("weights_gb", "vram_gb"):
         was, now = getattr(old.row, name), getattr(new.row, name)
         if was and now and abs(now / was - 1) > GREW:

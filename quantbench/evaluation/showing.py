@@ -68,7 +68,7 @@ def plot_quality(run: Iterable) -> Figure:
     if not (panels := [sorted(some, key=lambda one: one.found.kl_mean) for some in both if some]):
         raise ValueError("no setting here has both speed and quality: qb.generate and qb.quality give them")
     title, size = "Speed against quality: up and to the right is better", (9, 0.6 + 4 * len(panels))
-    fig, axes = canvas(title, machine, FIGURES["tokens_per_s"], len(panels), 1, size)
+    fig, axes = canvas(title, machine, FIGURES["tokens_per_s"], (len(panels), 1), size)
     for ax, panel in zip(axes[:, 0], panels):
         ax.set_title(f"{panel[0].model}\n{on_what(panel)}", loc="left", size=SMALL, color=GREY, parse_math=False)
         _draw(ax, panel)

@@ -17,7 +17,7 @@ class RowInt8(Quantiser):
 
     hue, takes_head, kind, rounding = "int8", True, "Int8Rows", 2**-7  # bfloat16's, whatever the dtype
     bits, row_bytes, group = 8, 2, None  # a bfloat16 scale
-    kernels = re.compile(r"_weight_int8pack_mm")
+    kernels, takes = re.compile(r"_weight_int8pack_mm"), ": it takes Linear with a multiple of 16 inputs"
 
     def apply(self, model: nn.Module, setting: Setting) -> None:
         from torch import nn
@@ -48,7 +48,7 @@ class GroupInt4(RowInt8):
 
     hue, takes_head, kind = "int4", False, "Int4Groups"
     kernels = re.compile(r"_weight_int4pack_mm")
-    group = 32
+    group, takes = 32, ": it takes Linear with a multiple of 32 inputs and of 16 outputs"
 
     def fits(self, linear: nn.Linear) -> bool:
         return linear.in_features % self.group == 0 and linear.out_features % 16 == 0

@@ -73,7 +73,7 @@ class Int4Torchao(Torchao):
     kernels = re.compile(r"tinygemm")
 
     def __init__(self, group: int) -> None:
-        self.group = group
+        self.group, self.takes = group, f": it takes Linear with a multiple of {group} inputs"
 
     def method(self) -> object:
         from torchao.quantization import Int4WeightOnlyConfig

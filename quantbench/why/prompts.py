@@ -62,7 +62,7 @@ def plot_prompts(run: Iterable[Measurement]) -> Figure:
     if not models:
         raise ValueError("nothing to draw: it takes two prompt lengths (sweep's prompt_tokens)")
     title, below = "Reading a prompt and writing an answer", f"{machine} · Bars: 95% interval of the median"
-    figure, axes = canvas(title, below, "Prompt tokens", len(models), 3, (10, 2.9 * len(models) + 0.8))
+    figure, axes = canvas(title, below, "Prompt tokens", (len(models), 3), (10, 2.9 * len(models) + 0.8))
     for line, ((model, *_), batches) in zip(axes, models.items()):
         shared, lengths = next(iter(batches.items()))
         for ax, rate in zip(line, RATES):
