@@ -18,7 +18,7 @@ import pynvml
 import torch
 
 PACKAGES = ("quantbench", "torch", "transformers", "accelerate", "bitsandbytes", "torchao", "llama-cpp-python")
-IDLE_S = 0.25  # how long a machine is watched before it is measured
+IDLE_S = {"cpu": 0.25, "cuda": 1.0}  # how long it is watched before it is measured: NVML looks back up to a second
 THROTTLE = {  # nvmlClocksEventReasons: why a GPU runs below its clocks; the ones that make a number unfair
     0x04: "power cap", 0x08: "hardware slowdown", 0x20: "thermal, software", 0x40: "thermal, hardware",
     0x80: "power brake"}

@@ -99,7 +99,7 @@ class Timed:
         needed = self.room * bits // (8 * lm.model.dtype.itemsize) if bits else self.room
         machine.need_memory(needed, machine.free_bytes(lm.device, lm.setting.gpus), "the KV cache")
         machine.release(lm.device)  # an engine of the call before may still hold its graph
-        held, self.idle = machine.held_bytes(lm.device), machine.readings(lm.device, machine.IDLE_S)
+        held, self.idle = machine.held_bytes(lm.device), machine.readings(lm.device, machine.IDLE_S[lm.device])
         start = time.perf_counter()
         self.engine = kind(lm, inputs_of(lm, self.workload), tokens, self.workload.depth)
         self.engine.rewind()
