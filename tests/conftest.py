@@ -45,6 +45,23 @@ def _folder(tmp_path_factory, name: str) -> str:
     return str(folder)
 
 
+def pretrained(folder: Path, **config) -> str:
+    """A tiny Llama with weights in a file and a tokenizer of its own: "pretrained", with uneven predictions."""
+    import tokenizers
+    import torch
+    import transformers
+
+    from quantbench.evaluation.passes import find_text
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**TINY["llama"] | config))
+    model.model.embed_tokens.weight.data *= 6  # else every next token is nearly as likely as any other
+    model.save_pretrained(folder)
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([find_text()[1]], vocab_size=500, show_progress=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
 def children() -> list[psutil.Process]:
     """The measuring processes: the fork server's children, not the server itself nor a compiler's workers."""
     servers = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]

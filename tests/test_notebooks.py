@@ -1,4 +1,4 @@
-"""Every notebook keeps the rules; 01, 03 and 04 run whole with tiny parameters."""
+"""Every notebook keeps the rules; 01 to 04 run whole with tiny parameters."""
 
 import ast
 import re
@@ -12,6 +12,7 @@ import pytest
 
 import quantbench as qb
 from quantbench.charts import CHARTS
+from tests.conftest import pretrained
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -65,6 +66,22 @@ def test_every_name_it_takes_from_the_package_is_there(notebook):
 @pytest.mark.parametrize("name", qb.__all__)
 def test_every_public_name_leads_somewhere_and_says_what_it_is(name):
     assert getattr(qb, name) is not None and (not callable(getattr(qb, name)) or getattr(qb, name).__doc__)
+
+
+def test_notebook_02_runs_whole_where_a_setting_is_refused(tmp_path):
+    rows, how = tmp_path / "out" / "rows.jsonl", {"intermediate_size": 80, "num_hidden_layers": 1}
+    parameters = {"model": pretrained(tmp_path / "model", **how), "max_new_tokens": 4, "tokens": 300, "prompt": "Once",
+                  "settings": ["gpu-fp16", "cpu-int8-weights", "cpu-int4-weights"], "cell_budget_s": 0.1,
+                  "results": str(rows)}
+    papermill.execute_notebook(ROOT / "notebooks" / "02_quality.ipynb", tmp_path / "executed.ipynb", parameters,
+                               cwd=ROOT / "notebooks", progress_bar=False)
+    run = qb.Run.read(rows)
+    assert {row.setting: row.status for row in run} == {
+        "cpu-fp32": "ok", "gpu-fp16": "unavailable", "cpu-int8-weights": "ok", "cpu-int4-weights": "failed"}
+    assert "multiple of 32 inputs" in run.only(status="failed")[0].reason
+    assert {one.setting: one.status for one in run.qualities} == {
+        "cpu-fp32": "ok", "gpu-fp16": "unavailable", "cpu-int8-weights": "ok"}
+    assert {"quality.csv", "quality.png"} <= {path.name for path in rows.parent.iterdir()}
 
 
 def test_notebook_03_runs_whole(tiny_gpt2, tiny_llama, tmp_path):

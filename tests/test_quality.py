@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import tokenizers
 import torch
 import transformers
 from hypothesis import given
@@ -14,23 +13,14 @@ from hypothesis import strategies as st
 
 import quantbench as qb
 from quantbench.evaluation import passes
-from tests.conftest import TINY
+from tests.conftest import TINY, pretrained
 
 SMALL = {"tokens": 300, "context": 32, "stride": 16, "progress": False}
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """A tiny Llama with weights in a file and a tokenizer of its own: "pretrained", with uneven predictions."""
-    folder = str(tmp_path_factory.mktemp("tiny-pretrained-"))
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**TINY["llama"]))
-    model.model.embed_tokens.weight.data *= 6  # else every next token is nearly as likely as any other
-    model.save_pretrained(folder)
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator([passes.find_text()[1]], vocab_size=500, show_progress=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
-    return folder
+    return pretrained(tmp_path_factory.mktemp("tiny-pretrained-"))
 
 
 @pytest.fixture
@@ -167,6 +157,11 @@ def test_random_weights_and_a_strange_tokenizer_have_no_quality(tiny, tiny_gpt2,
 def test_a_mistake_is_said_before_anything_runs(lm, wrong, message):
     with pytest.raises(ValueError, match=message):
         qb.quality(lm, **({"context": 32, "progress": False} | wrong))
+
+
+def test_a_model_of_fewer_positions_than_a_window_has_smaller_ones(lm):
+    found = qb.quality(lm, tokens=300, progress=False)
+    assert (found.context, found.stride, found.tokens) == (64, 32, 299)
 
 
 def test_a_reference_is_the_same_model_and_brings_its_text(tiny, lm, tmp_path, monkeypatch):

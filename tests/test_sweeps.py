@@ -2,6 +2,7 @@
 All for real."""
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,7 +30,7 @@ from quantbench.settings import Workload
 from quantbench.sweeps import rounds, workers
 from quantbench.sweeps.child import Desk
 from quantbench.sweeps.plan import plan
-from tests.conftest import Bar, children, eldest
+from tests.conftest import TINY, Bar, children, eldest
 
 BOTH = ["cpu-fp32", "cpu-int4"]
 SHORT = {"repeats": 1, "progress": False}
@@ -255,10 +257,28 @@ def test_a_model_with_broken_files_is_a_failed_row_and_the_others_go_on(tiny_gpt
         shutil.copytree(tiny_gpt2, tmp_path / name)
         (tmp_path / name / file).write_text(text)
     models = [tiny_gpt2, *(tmp_path / name for name in broken), tiny_llama]
-    with pytest.warns(UserWarning, match="Traceback"):  # what was raised in a child, as text
+    with warnings.catch_warnings(action="error"):  # a refusal is a sentence, without a traceback
         rows = list(qb.sweep(models, "cpu-fp32", 3, **SHORT))
     assert [row.status for row in rows] == ["ok", *["failed"] * len(broken), "ok"]
-    assert all(0 < len(row.reason) < 300 for row in rows[1:-1]) and not children()
+    assert all(0 < len(row.reason) < 300 and "Error" not in row.reason[:20] for row in rows[1:-1]) and not children()
+
+
+class Faulty(Desk):
+    def sample(self, name):
+        raise LookupError("nobody expected this")
+
+
+def test_what_nobody_expected_is_a_failed_row_with_its_traceback(tiny_gpt2, monkeypatch):
+    monkeypatch.setattr(rounds, "Desk", Faulty)
+    with pytest.warns(UserWarning, match="(?s)Traceback.*nobody expected this"):
+        [row] = qb.sweep(tiny_gpt2, "cpu-fp32", 3, executor="inline", **SHORT)
+    assert (row.status, row.reason) == ("failed", "LookupError: nobody expected this")
+
+
+def test_a_setting_that_leaves_layers_is_a_row_that_says_what_it_takes(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY["llama"] | {"intermediate_size": 100}))
+    [row] = qb.sweep(tmp_path, "cpu-int8-weights", 3, executor="inline", **SHORT)
+    assert row.reason == "13 modules were quantised, but 2 Linear were left: it takes Linear with a multiple of 16 inputs"
 
 
 def test_a_dead_pool_gives_rows(tiny_gpt2):

@@ -56,10 +56,11 @@ def quality(lm: LoadedModel, reference: LoadedModel | Reference | None = None, t
             stepwise: bool | None = None, cache: str = "default", progress: bool = True) -> Quality:
     """Perplexity of `lm` on the first `tokens` tokens of `text`, and how it differs from `reference`, token by token.
 
-    `text`: see `find_text`. Windows of `context` (512) tokens begin every `stride` (context // 2). `reference` is the
-    same model under another setting: what `qb.reference` made, text and windows with it, or a loaded model. `stepwise`
-    runs each window as generation does, token by token after a prompt; None: only where the quantiser needs it. So does
-    a `cache` (see `Workload`) other than the default, always: the reference has the whole of its keys and values.
+    `text`: see `find_text`. Windows of `context` tokens (512, or all that the model has) begin every `stride` (half of
+    it). `reference` is the same model under another setting: what `qb.reference` made, text and windows with it, or a
+    loaded model. `stepwise` runs each window as generation does, token by token after a prompt; None: only where the
+    quantiser needs it. So does a `cache` (see `Workload`) other than the default, always: the reference has the whole
+    of its keys and values.
 
     A model that was not loaded, runs out of memory, or gives logits that are not finite, gives a `Quality` that says
     so. Raises ValueError for random weights, which have no quality, and for what cannot be evaluated or compared."""
@@ -125,12 +126,13 @@ def _read(lm: LoadedModel, text: str | None, tokens: int | None, context: int | 
           stride: int | None) -> tuple[list[Window], dict]:
     """The windows of a text, and what a record says of them."""
     _check(lm)
-    context = whole("context", 512 if context is None else context, 2)
-    stride = whole("stride", max(context // 2, 1) if stride is None else stride)
+    room = context_length(lm.model.config) or math.inf
+    context = whole("context", min(512, room) if context is None else context, 2)
+    stride = whole("stride", context // 2 if stride is None else stride)
     tokens = None if tokens is None else whole("tokens", tokens, LEAST_TOKENS)
     if stride >= context:
         raise ValueError(f"stride must be below the context of {context}, not {stride}: tokens would go unscored")
-    if (room := context_length(lm.model.config)) and context > room:
+    if context > room:
         raise ValueError(f"a context of {context} is over the {room} tokens {lm.name} has positions for")
     name, body = find_text(text)
     ids, bos = lm.tokenizer.encode(body)[:tokens], getattr(lm.tokenizer, "bos_token_id", None)

@@ -25,8 +25,7 @@ class Torchao(Quantiser):
 
     def why_not(self, setting: Setting, facts: dict) -> str | None:
         if (now := facts.get("gpu_capability", [0, 0])) < self.capability:
-            return "compute capability {}.{}: {} or later has what torchao's kernels need".format(
-                *now, ".".join(map(str, self.capability)))
+            return "compute capability {}.{}: torchao's kernels need {}.{} or later".format(*now, *self.capability)
         return _broken(self)
 
     def apply(self, model: nn.Module, setting: Setting) -> None:

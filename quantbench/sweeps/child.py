@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 import quantbench
-from quantbench.loading import LoadedModel, load_source
+from quantbench.loading import AuditError, LoadedModel, load_source
 from quantbench.records import Measurement
 from quantbench.sweeps.plan import Cell
 from quantbench.timing import Timed
@@ -50,10 +50,13 @@ class Desk:
             return row, "".join(traceback.format_exception(error))
 
     def prepare(self, cell: Cell) -> Measurement | None:
-        """Load, unless the model is here already, and warm up."""
+        """Load, unless the model is here already, and warm up. What `load` refuses is a row with its sentence."""
         self.cell = cell
-        if self.lm is None or self.lm.status != "ok":
-            self.lm = load_source(cell.source, cell.setting)
+        try:
+            if self.lm is None or self.lm.status != "ok":
+                self.lm = load_source(cell.source, cell.setting)
+        except (AuditError, ValueError, OSError) as error:
+            return cell.row("failed", cut(str(error).removeprefix(f"{cell.setting.label}: "), 290))
         self.timed = Timed(self.lm, cell.workload, cell.engine)
         return self.finish(False) if self.timed.ended else None
 
