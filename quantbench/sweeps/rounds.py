@@ -129,7 +129,7 @@ class Rounds:
             yield from self._together(list(again), again)
 
     def _with_room(self, cells: list[Cell]) -> Iterator[Measurement]:
-        """All together; what runs out of memory beside others is loaded in turn with the baseline once they are gone."""
+        """All together; what runs out of memory beside others is loaded in turn with the baseline, after them."""
         asked, base, held, crowded = {cell.key: cell for cell in cells}, _base(cells), {}, []
         for row in self._together(cells, {}):
             if row.status == "out_of_memory" and len(self.desks) > 1:
