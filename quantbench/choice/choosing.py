@@ -26,8 +26,8 @@ def choose(model_or_run: str | os.PathLike | Run, vram_gb: float | None = None, 
     cannot change the answer. Faster is told by shared rounds; a tie goes to the smaller, if by 5%, then to the lower
     KL. What a limit's interval leaves open is never named, but in how many rounds it would be told. `settings`: of
     these alone, and the baseline. `engine`: what measures, one or several (see `generate`). `price_per_hour` of the
-    machine, in any currency, adds that of a million tokens. `stop` and `progress` are `sweep`'s: once stopped, it judges
-    what is there. Raises ValueError for several models or machines, and for a mistake in an argument."""
+    machine, in any currency, adds that of a million tokens. `stop` and `progress` are `sweep`'s: once stopped, what is
+    there is judged. Raises ValueError for several models or machines, and for a mistake in an argument."""
     given = {"vram_gb": vram_gb, "ram_gb": ram_gb, "ttft_s": ttft_s, "min_tokens_per_s": min_tokens_per_s, "keep": keep,
              "price_per_hour": price_per_hour}
     asked = {name: (0 if name in ("min_tokens_per_s", "keep") else inf) if limit is None else
