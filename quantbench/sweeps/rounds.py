@@ -132,9 +132,9 @@ class Rounds:
         """All together; what runs out of memory beside others is loaded in turn with the baseline, after them."""
         asked, base, held, crowded = {cell.key: cell for cell in cells}, _base(cells), {}, []
         for row in self._together(cells, {}):
-            if row.status == "out_of_memory" and len(self.desks) > 1:
+            if row.status == "out_of_memory" and len(self.desks) > 1 and row.key in asked:
                 crowded.append(asked[row.key])
-            elif crowded and row.status == "ok" and asked[row.key] is base:
+            elif crowded and row.status == "ok" and asked.get(row.key) is base:
                 held[base] = row
             else:
                 yield row
