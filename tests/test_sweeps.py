@@ -91,10 +91,10 @@ def test_what_runs_out_of_memory_beside_others_is_measured_in_turn_with_the_base
     monkeypatch.setattr(machine, "free_bytes", free_bytes)
     three, run = ["cpu-fp32", "cpu-bf16", "cpu-int8-weights"], qb.Run()
     rows = list(qb.sweep(tiny_llama, three, [3, 4], repeats=3, executor="inline", run=run, progress=False))
-    assert [row.setting for row in rows] == [three[1], three[0], three[2]] * 2  # the baseline when it was beside both
+    assert [row.setting for row in rows] == [*three[:2], three[0], three[2]] * 2  # the baseline again, with more rounds
     assert {row.status for row in rows} == {"ok"} and len(run) == 6
     for short in (run.only(max_new_tokens=3), run.only(max_new_tokens=4)):
-        near, base, late = short
+        base, near, late = short
         assert len(base.rounds) == 6 and {*base.rounds} == {*near.rounds, *late.rounds}
     assert capsys.readouterr().out.count("2 models do not fit in memory together; they are loaded in turn") == 2
 

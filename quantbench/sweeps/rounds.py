@@ -129,18 +129,18 @@ class Rounds:
             yield from self._together(list(again), again)
 
     def _with_room(self, cells: list[Cell]) -> Iterator[Measurement]:
-        """All together; what runs out of memory beside others is loaded in turn with the baseline, after them."""
-        asked, base, held, crowded = {cell.key: cell for cell in cells}, _base(cells), {}, []
+        """All together; what runs out of memory beside others is loaded in turn with the baseline, then seen twice."""
+        asked, base, first, crowded = {cell.key: cell for cell in cells}, _base(cells), {}, []
         for row in self._together(cells, {}):
             if row.status == "out_of_memory" and len(self.desks) > 1 and row.key in asked:
                 crowded.append(asked[row.key])
-            elif crowded and row.status == "ok" and asked.get(row.key) is base:
-                held[base] = row
-            else:
-                yield row
+                continue
+            if row.status == "ok" and asked.get(row.key) is base:
+                first[base] = row
+            yield row
         if crowded:
             self._close(*cells)
-            yield from self._in_turn([*held, *crowded], held)
+            yield from self._in_turn([*first, *crowded], first)
 
     def _in_turn(self, cells: list[Cell], first: dict[Cell, Measurement]) -> Iterator[Measurement]:
         """Each model loaded anew in every round: slow, but the rounds are the same moments for all."""
