@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import quantbench as qb
-from quantbench import machine
+from quantbench import machine, timing
 from quantbench.loading import LoadedModel
 from quantbench.quantisers import why_not
 from quantbench.settings import Workload
@@ -91,12 +91,42 @@ def test_what_runs_out_of_memory_beside_others_is_measured_in_turn_with_the_base
     monkeypatch.setattr(machine, "free_bytes", free_bytes)
     three, run = ["cpu-fp32", "cpu-bf16", "cpu-int8-weights"], qb.Run()
     rows = list(qb.sweep(tiny_llama, three, [3, 4], repeats=3, executor="inline", run=run, progress=False))
-    assert [row.setting for row in rows] == [*three[:2], three[0], three[2]] * 2  # the baseline again, with more rounds
+    assert [row.setting for row in rows] == [three[1], three[0], three[2]] * 2  # the baseline when it was beside both
     assert {row.status for row in rows} == {"ok"} and len(run) == 6
     for short in (run.only(max_new_tokens=3), run.only(max_new_tokens=4)):
-        base, near, late = short
+        near, base, late = short
         assert len(base.rounds) == 6 and {*base.rounds} == {*near.rounds, *late.rounds}
     assert capsys.readouterr().out.count("2 models do not fit in memory together; they are loaded in turn") == 2
+
+
+def crowd(monkeypatch, *settings):
+    """These run out of memory in a round where more than two models are loaded."""
+    def sample(self, name):
+        loaded = [one for one in gc.get_objects() if type(one) is LoadedModel and one.status == "ok"]
+        if self.lm.setting.key in settings and len(loaded) > 2:
+            raise MemoryError
+        return real(self, name)
+
+    real = timing.Timed._sample
+    monkeypatch.setattr(timing.Timed, "_sample", sample)
+
+
+def test_a_baseline_that_runs_out_of_memory_beside_others_is_measured_in_turn_with_them(tiny_llama, monkeypatch):
+    crowd(monkeypatch, "cpu-fp32")
+    three = ["cpu-fp32", "cpu-bf16", "cpu-int8-weights"]
+    rows = list(qb.sweep(tiny_llama, three, 3, repeats=6, executor="inline", progress=False))
+    assert statuses(rows) == dict.fromkeys(three, "ok")
+    assert [*qb.ratios(rows)["Rounds"]] == [6, 6]  # else all that was measured is compared with nothing
+
+
+@pytest.mark.parametrize("crowded", ["cpu-fp32", "cpu-int8-weights"])
+def test_what_was_measured_before_others_ran_out_of_memory_outlives_a_stop(tiny_llama, monkeypatch, crowded):
+    crowd(monkeypatch, crowded)
+    three, stop = ["cpu-fp32", "cpu-bf16", "cpu-int8-weights"], threading.Event()
+    in_turn = rounds.Rounds._in_turn
+    monkeypatch.setattr(rounds.Rounds, "_in_turn", lambda *asked: stop.set() or in_turn(*asked))
+    rows = list(qb.sweep(tiny_llama, three, 3, repeats=2, executor="inline", progress=False, stop=stop))
+    assert statuses(rows) == dict.fromkeys({*three} - {crowded}, "ok")
 
 
 def test_a_second_sweep_with_more_repeats_goes_on_and_one_with_a_trace_measures_it(tiny_gpt2, tmp_path):

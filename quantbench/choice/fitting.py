@@ -100,11 +100,9 @@ def estimates(model: str | os.PathLike, on: str | dict | None = None, run: Run |
 
 def _room(sizes: dict | None, free: float) -> tuple[float, float, float]:
     """Bytes of 1,000 tokens of cache; how many tokens, and how many sequences of 1,024, are in so many bytes."""
-    if sizes is None:
-        return math.nan, math.nan, math.nan
+    if sizes is None or math.isnan(free):
+        return cache_bytes(sizes, 1000) if sizes else math.nan, math.nan, math.nan
     thousand, each = (cache_bytes(sizes, tokens) for tokens in (1000, 1024))
-    if math.isnan(free):
-        return thousand, math.nan, math.nan
     most = bisect.bisect(range(MOST), free, key=lambda tokens: cache_bytes(sizes, tokens)) - 1
     return thousand, math.inf if most == MOST - 1 else max(most, 0), free // each if each else math.inf
 

@@ -59,9 +59,8 @@ class Rounds:
             self._close(*self.cells)
 
     def _close(self, *cells: Cell) -> None:
-        for cell in cells:
-            if cell.seat in self.desks:
-                self.desks.pop(cell.seat).close()
+        for seat in {cell.seat for cell in cells} & self.desks.keys():
+            self.desks.pop(seat).close()
 
     def _start(self, cells: list[Cell]) -> None:
         """The process of each: those that are spawned import side by side, and are through with it before a load."""
@@ -84,8 +83,7 @@ class Rounds:
         start, raised = time.monotonic(), ""
         try:
             self._seat(cell)
-            left_s = self.timeout_s - self.spent_s[cell]
-            answer, raised = self.desks[cell.seat].ask(method, *args, timeout_s=left_s)
+            answer, raised = self.desks[cell.seat].ask(method, *args, timeout_s=self.timeout_s - self.spent_s[cell])
         except TimeoutError:
             answer = cell.row("timeout", f"not done after {self.timeout_s:g} s")
         except (ChildDied, EOFError, OSError) as death:  # the last two: it did not start
@@ -129,18 +127,23 @@ class Rounds:
             yield from self._together(list(again), again)
 
     def _with_room(self, cells: list[Cell]) -> Iterator[Measurement]:
-        """All together; what runs out of memory beside others is loaded in turn with the baseline, then seen twice."""
-        asked, base, first, crowded = {cell.key: cell for cell in cells}, _base(cells), {}, []
+        """All together; then what ran out of memory beside others, in turn with the baseline: if that did, with all."""
+        asked, held, crowded = {cell.seat: cell for cell in cells}, {}, []
         for row in self._together(cells, {}):
-            if row.status == "out_of_memory" and len(self.desks) > 1 and row.key in asked:
-                crowded.append(asked[row.key])
-                continue
-            if row.status == "ok" and asked.get(row.key) is base:
-                first[base] = row
-            yield row
+            cell = asked.pop((row.setting, row.gpus, row.engine))
+            if row.status == "out_of_memory" and len(self.desks) > 1:
+                crowded.append(cell)
+            elif crowded and row.status == "ok" and _base([*held, cell, *crowded, *asked.values()]) in (cell, *crowded):
+                held[cell] = row
+            else:
+                yield row
         if crowded:
             self._close(*cells)
-            yield from self._in_turn([*first, *crowded], first)
+            try:
+                yield from self._in_turn([*held, *crowded], held)
+            except (Stopped, KeyboardInterrupt):  # these are measured
+                yield from held.values()
+                raise
 
     def _in_turn(self, cells: list[Cell], first: dict[Cell, Measurement]) -> Iterator[Measurement]:
         """Each model loaded anew in every round: slow, but the rounds are the same moments for all."""
@@ -167,8 +170,7 @@ def _fit(cells: list[Cell]) -> bool:
     if len(seats) < 2:
         return True
     try:
-        config = config_of(cells[0].source)
-        shapes = None if config is None else on_meta(config)
+        shapes = (config := config_of(cells[0].source)) and on_meta(config)
         for setting in (cell.setting for cell in seats.values()):
             needed["cpu"] += PROCESS_BYTES[setting.device]
             size = load_estimate(shapes, setting) if shapes is not None else 8 * cells[0].source.gguf.stat().st_size
