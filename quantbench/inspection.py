@@ -89,7 +89,7 @@ def check(found: dict, setting: Setting) -> None:
         if found["quantised"]:
             wrong = f"{found['quantised']} modules are quantised ({found['class']}), which the setting does not say"
     elif not found["quantised"]:
-        wrong = f"no module was quantised (left as they were: {left})"
+        wrong = f"no module was quantised (left as they were: {left})" + way.takes
     elif expected != "stored" and found["quantiser"] != expected:
         wrong = f"modules are quantised as {found['quantiser']}, not as {expected}"
     elif expected != "stored" and found["left"]:

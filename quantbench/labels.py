@@ -78,11 +78,12 @@ def able(named: list[Cell]) -> list[Cell]:
 
 def not_here(named: list[Cell]) -> str:
     """The line under a chart or a table: which settings this machine cannot run, or which failed, and why."""
-    ran = {cell.setting for cell in named if cell.row.status not in NOT_HERE}  # of another model, or workload
-    why = {f"{cell.title}, " * (cell.setting in ran) + cell.setting + f", {cell.workload}" * (cell.setting in ran):
-           cut(cell.row.reason or "", 120) for cell in named if cell.row.status in NOT_HERE}
-    return "Not here: " * bool(why) + "; ".join(f"{', '.join(one for one in why if why[one] == reason)}: {reason}"
-                                                for reason in dict.fromkeys(why.values()))
+    why = {cell: cut(cell.row.reason or "", 120) for cell in named if cell.row.status in NOT_HERE}
+    ends = Counter(setting for setting, _ in {(cell.setting, why.get(cell)) for cell in named})  # None: it ran
+    whose = {cell: cell.setting if ends[cell.setting] == 1 else f"{cell.title}, {cell.setting}, {cell.workload}"
+             for cell in why}
+    return "Not here: " * bool(why) + "; ".join(", ".join(dict.fromkeys(
+        whose[cell] for cell in why if why[cell] == reason)) + f": {reason}" for reason in dict.fromkeys(why.values()))
 
 
 def machine_of(run: Iterable[Subject]) -> str:

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from quantbench.charts import CHARTS, colour_of
+from quantbench.labels import cells, not_here
 from quantbench.records import Measurement
 from quantbench.settings import SETTINGS
 
@@ -53,6 +54,12 @@ def test_what_cannot_run_here_is_a_line_below_and_what_failed_keeps_its_place():
     text = texts(CHARTS["throughput"].plot([RUN[0], ABSENT, crashed]))
     assert "Not here: GPU FP16: no GPU" in text and "unavailable" not in text and "crashed" in text
     assert "unavailable" in texts(CHARTS["throughput"].plot([ABSENT]))  # there is nothing else to draw
+    failed = [dataclasses.replace(crashed, status="failed", batch_size=size, reason=why)
+              for size, why in ((1, "A"), (8, "B"))]
+    assert not_here(cells([RUN[0], *failed])) == \
+        "Not here: GPT-2, GPU INT8, 128 tokens: A; GPT-2, GPU INT8, 128 tokens, batch 8: B"  # each has its own reason
+    alike = [dataclasses.replace(row, reason="A") for row in failed]
+    assert not_here(cells([RUN[0], *alike])) == "Not here: GPU INT8: A"
     with pytest.raises(ValueError):
         CHARTS["throughput"].plot([])
 

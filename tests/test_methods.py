@@ -72,6 +72,9 @@ def test_what_was_left_is_refused(tiny_gpt2, tiny_llama, monkeypatch):
     monkeypatch.setattr(cpu_packed.GroupInt4, "group", 128)  # which its inputs of 64 are no multiple of
     with pytest.raises(qb.AuditError, match="2 modules were quantised, but 12 Linear were left: it takes Linear with a multiple of 32"):
         qb.load(tiny_llama, "cpu-int4-weights")
+    monkeypatch.setattr(cpu_packed.GroupInt4, "group", 256)  # of which none is a multiple
+    with pytest.raises(qb.AuditError, match=r"no module was quantised \(left .* 14 Linear\): it takes Linear with a multiple"):
+        qb.load(tiny_llama, "cpu-int4-weights")
 
 
 def test_rows_that_the_int8_kernel_would_read_past_are_refused(tmp_path):
