@@ -4,11 +4,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantbench.records import Measurement, Subject, records_in
+from quantbench.records import NOT_HERE, Measurement, Subject, records_in
 from quantbench.settings import MODELS, SETTINGS
 from quantbench.wording import cut, plain
-
-NOT_HERE = "unavailable", "failed"  # a line of text, in place of an empty bar
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ NOISY = 0.1  # half-width of a median's interval, of the median
 ENERGY_S = 1.0  # a GPU's energy counter moves some 10 times a second: what a sample misses is in the next one
 PER_SAMPLE = ("tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s")  # rates that each sample has
 STATUSES = ("ok", "unavailable", "out_of_memory", "crashed", "timeout", "failed")
+NOT_HERE = ("unavailable", "failed")  # shown as a line of text, in place of an empty bar
 
 FIGURES: dict[str, str] = {}  # derived figure -> its one label everywhere
 DECIMALS: dict[str, int] = {}  # derived figure -> its decimals, where it is a column in tables
