@@ -43,9 +43,8 @@ def audit(model: nn.Module) -> dict:
         "class": ", ".join(sorted(classes)) or None, "quantised_bytes": sizes["quantised"],
         "embedding_bytes": sizes["embedding"], "step_bytes": total.total() - sizes["unread"],
         "step_products": sizes["products"], "left": dict(left), "kept": dict(kept),
-        "storage_dtype": told.get("storage_dtype", name_of(model.dtype)),
-        "compute_dtype": told.get("compute_dtype", name_of(model.dtype)), "bytes": dict(total),
-        "gpu_bytes": [gpus[number] for number in sorted(gpus)] if len(gpus) > 1 else None,
+        **{name: told.get(name, name_of(model.dtype)) for name in ("storage_dtype", "compute_dtype")},
+        "bytes": dict(total), "gpu_bytes": [gpus[number] for number in sorted(gpus)] if len(gpus) > 1 else None,
         "details": told if len(details) < 2 else {"mixed": str(details)[:500]},
     }
 
