@@ -162,6 +162,7 @@ def test_one_model_and_workload_at_a_time_and_mistakes_are_said():
     with pytest.raises(ValueError, match="did you mean 'gpu-int4'"):
         qb.choose(run, settings=["gpu-int44"])
     assert qb.choose(qb.Run()).answer is None and qb.choose(run, batch_size=2).answer is None
+    assert "Nothing of this batch size and prompt is measured" in repr(qb.choose(run, batch_size=2))  # there are rows
     assert qb.choose(run, keep=None, settings=["gpu-fp16", "gpu-int8"]).answer == "gpu-int8"
     assert qb.choose(run, keep=None, settings="gpu-int8").answer == "gpu-int8"
 

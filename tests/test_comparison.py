@@ -53,6 +53,13 @@ def test_engines_and_workloads_of_one_setting_are_cells_of_their_own():
         assert len(compare_table(path)) == len(Run.read(path)), path
 
 
+def test_a_good_row_never_gives_way_to_a_later_one_that_failed():
+    bad = row("cpu-fp32", (), status="out_of_memory", reason="another program", new_tokens=None)
+    assert compare_table([row()], [bad])["Tokens/sec"].tolist() == [100]
+    assert compare_table([bad], [row()], [row(seconds=(2.0,) * 6)])["Tokens/sec"].tolist() == [50]
+    assert "was ok, now out of memory: another program" in repr(changes([row()], [bad]))
+
+
 def test_rows_say_why_they_are_empty_that_weights_are_random_and_versions_and_prompts_are_told_apart():
     names = compare_table([row(), row(torch="2.12.0", seconds=(2.0, 2.0))], [row(cpu="Two")])["Machine"]
     assert list(names) == ["One · torch 2.11.0", "One · torch 2.12.0", "Two"]

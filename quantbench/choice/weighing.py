@@ -204,7 +204,7 @@ def _why(named: list[Cell], best: Candidate | None, base: Candidate | None, rank
         if best.read and best.read.accuracy_kept:
             figures.append(f"{best.read.accuracy_kept:.1%} of the accuracy")
         answer = f"{'keep' if best is base else 'take'} {best.cell.setting} ({listed(figures)})"
-    start = f"{named[0].title} at {named[0].workload}" if named else "Nothing is measured"
+    start = f"{named[0].title} at {named[0].workload}" if named else "Nothing of this batch size and prompt is measured"
     said |= {"quality": f"not known, {RANDOM}"} if named and named[0].random else {}
     why = Findings([f"{start}: {answer}.", *(f"{kind.capitalize()}: {text}." for kind, text in said.items())])
     once = [one and one.cell.row.once_s for one in (best, base)]

@@ -31,7 +31,8 @@ def gathered(sources: Iterable[Source], per_source: bool = False) -> pd.DataFram
     for number, source in enumerate(sources):
         for row in Run.read(source) if isinstance(source, (str, os.PathLike)) else Run.of(source):
             machine, versions = row.machine_name, (("driver", row.machine.get("driver")), *row.subject[-1])
-            sides.setdefault((machine, versions, number * per_source), {})[row.cell[:-1], row.work] = row
+            rows, key = sides.setdefault((machine, versions, number * per_source), {}), (row.cell[:-1], row.work)
+            rows[key] = max(row, rows.get(key, row), key=lambda one: one.status == "ok")  # the later, if that ran
             shared[machine] = shared.get(machine, set(versions)).intersection(versions)
     if not sides:
         raise ValueError("nothing to compare: give runs or paths of results files")
