@@ -154,6 +154,12 @@ def test_first_answers_energy_and_money_are_said(once_s, said):
     assert at["Price of a million tokens"] == pytest.approx(3.6 / 3600 * 1e6 / 100)
 
 
+def test_a_peak_that_rose_by_nothing_is_within_every_limit():
+    """As of a tiny model on a CPU, in a process that has room from before."""
+    tiny = [replace(row, ram_peak_bytes=0) for row in rows({"cpu-fp32": 100.0}, {"cpu-fp32": 0.0})]
+    assert qb.choose(tiny, ram_gb=1, keep=None).answer == "cpu-fp32"
+
+
 def test_one_model_and_workload_at_a_time_and_mistakes_are_said():
     run = qb.Run(rows(SPEEDS, MEMORY))
     with pytest.raises(ValueError, match="a choice is of one model, not of 2"):

@@ -123,8 +123,8 @@ def _held(cell: Cell, read: Quality | None, asked: dict) -> tuple[list[str], lis
     if not cell.measured:
         return [cell.outcome], []
     first, looks = median_interval(row.first_token_s), (len(row.latencies_s), "rounds")
-    checks = [(f"GB of {place}", ".3f", size, size and (size, size), 0, asked[f"{place.lower()}_gb"], looks)
-              for place, size in _memory(row).items()]
+    checks = [(f"GB of {place}", ".3f", size, None if size is None else (size, size), 0, asked[f"{place.lower()}_gb"],
+               looks) for place, size in _memory(row).items()]
     checks += [("s to the first token", ".3f", row.ttft_s, first, 0, asked["ttft_s"], looks),
                ("tokens/s", ".1f", row.tokens_per_s, row.tokens_per_s_ci, asked["min_tokens_per_s"], inf, looks)]
     keep = asked["keep"] if row.weights != "random" else 0
