@@ -223,7 +223,6 @@ def _new(tensor: torch.Tensor, seen: set) -> bool:
     if tensor.device.type == "meta":
         return True
     address = (tensor.data_ptr(), tensor.numel())
-    if tensor.numel() == 0 or address in seen:
-        return False
+    new = tensor.numel() > 0 and address not in seen
     seen.add(address)
-    return True
+    return new
