@@ -129,6 +129,21 @@ def test_what_was_measured_before_others_ran_out_of_memory_outlives_a_stop(tiny_
     assert statuses(rows) == dict.fromkeys({*three} - {crowded}, "ok")
 
 
+def test_what_does_not_fit_alone_either_keeps_nobody_loading(tiny_llama, monkeypatch):
+    real, loads = timing.Timed._sample, []
+
+    def sample(self, name):
+        loads.append(self.lm.setting.key)
+        if self.lm.setting.key == "cpu-int4":
+            raise MemoryError
+        return real(self, name)
+
+    monkeypatch.setattr(timing.Timed, "_sample", sample)
+    rows = list(qb.sweep(tiny_llama, BOTH, 3, repeats=4, executor="inline", progress=False))
+    assert statuses(rows) == {"cpu-fp32": "ok", "cpu-int4": "out_of_memory"}
+    assert loads.count("cpu-int4") == 2 and loads.count("cpu-fp32") <= 4 + 1  # not in each of 4 more rounds
+
+
 def test_a_second_sweep_with_more_repeats_goes_on_and_one_with_a_trace_measures_it(tiny_gpt2, tmp_path):
     run, how = qb.Run.open(tmp_path / "run.jsonl"), {"executor": "inline", "progress": False}
     first = list(qb.sweep(tiny_gpt2, BOTH, 3, repeats=2, run=run, **how))

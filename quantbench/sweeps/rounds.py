@@ -152,7 +152,7 @@ class Rounds:
                    f"{rounds} rounds")
         made, alive = {cell: first.get(cell) for cell in cells}, list(cells)
         for number in range(1, rounds + 1):
-            for cell in random.sample(alive, len(alive)):
+            for cell in random.sample(alive, len(alive)) * bool({*alive} - {*first}):  # first have theirs
                 row = self._ask(cell, "loading", "prepare", cell) or \
                     self._ask(cell, f"round {number}", "sample", f"{name}-{number}")
                 if not isinstance(row, Measurement):
@@ -203,9 +203,8 @@ def _doubted(rates: Rates) -> list[Cell]:
     for kin in kinds.values():
         ends = {cell: median_interval(list(rates[cell].values())) for cell in kin}
         wide = [cell for cell in kin if ends[cell] and (ends[cell][1] - ends[cell][0]) / 2 > WIDE * speed[cell]]
-        wide = wide if 2 * len(wide) <= max(len(kin), 2) else []
         far = [cell for cell in kin if ends[cell] and speed[cell] * FAR < max(map(speed.get, kin))]
-        found += dict.fromkeys(wide + far)
+        found += dict.fromkeys(wide * (2 * len(wide) <= max(len(kin), 2)) + far)
     return found
 
 
