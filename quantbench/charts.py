@@ -155,7 +155,8 @@ def draw(title: str, subtitle: str, panels: Panels, axis: str, note: str = "") -
         scales.setdefault(model, ax)
         _draw_panel(ax, panel)
         ax.set_ylim(rows[place // columns] - 0.5, -0.75)
-        ax.set_title(textwrap.fill(name[:150], 50), loc="left", size=TEXT, weight="bold", color=INK, parse_math=False)
+        told = textwrap.fill(f"{cut(model, 75)}{name.removeprefix(model)}"[:200], 50)  # a long path hides no workload
+        ax.set_title(told, loc="left", size=TEXT, weight="bold", color=INK, parse_math=False)
     return fig
 
 

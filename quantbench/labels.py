@@ -78,10 +78,9 @@ def not_here(named: list[Cell]) -> str:
     """The line under a chart or a table: which settings this machine cannot run, or which failed, and why."""
     why = {cell: cut(cell.row.reason or "", 120) for cell in named if cell.row.status in NOT_HERE}
     ends = Counter(setting for setting, _ in {(cell.setting, why.get(cell)) for cell in named})  # None: it ran
-    whose = {cell: cell.setting if ends[cell.setting] == 1 else f"{cell.title}, {cell.setting}, {cell.workload}"
-             for cell in why}
+    name = {one: one.setting if ends[one.setting] < 2 else f"{one.title}, {one.setting}, {one.workload}" for one in why}
     return "Not here: " * bool(why) + "; ".join(", ".join(dict.fromkeys(
-        whose[cell] for cell in why if why[cell] == reason)) + f": {reason}" for reason in dict.fromkeys(why.values()))
+        name[cell] for cell in why if why[cell] == reason)) + f": {reason}" for reason in dict.fromkeys(why.values()))
 
 
 def machine_of(run: Iterable[Subject]) -> str:

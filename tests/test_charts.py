@@ -74,6 +74,12 @@ def test_the_best_stands_first_and_no_panel_has_more_than_twelve_bars(name, fast
     assert len(set(drawn)) == 7 and drawn == sorted(drawn, key=lambda value: faster * value)
 
 
+def test_a_long_path_leaves_the_workload_in_its_panels_title():
+    long = [dataclasses.replace(RUN[0], model="/data/" + "folder/" * 40, batch_size=size) for size in (1, 8)]
+    titles = [ax.get_title(loc="left").replace("\n", " ") for ax in CHARTS["throughput"].plot(long).axes]
+    assert [title.endswith("tokens, batch 8") for title in titles] == [False, True]
+
+
 def test_random_weights_are_said():
     assert "GPT-2 (random weights)" in texts(CHARTS["latency"].plot([dataclasses.replace(RUN[0], weights="random")]))
 
