@@ -45,16 +45,18 @@ def ratios(run: Iterable[Measurement], baseline: str = BASELINES[0], figure: str
 def beside(named: Iterable[Cell], keys: Sequence[str] = BASELINES,
            figure: str = "tokens_per_s") -> list[tuple[Cell, Cell | None, Ratio | None]]:
     """Every cell with its baseline (the first of these settings that was measured, eager, of its model, workload and
-    machine) and its ratio to it: None where it was not measured, or is the baseline itself."""
+    machine; of several, such as of two versions, the one with which it shares most rounds, then the last) and its ratio
+    to it: None where it was not measured, or is a baseline itself."""
     def place(cell: Cell) -> tuple:
         return cell.title, cell.row.machine_name, cell.workload
 
     named, bases = list(named), {}
-    for key in reversed(keys):
-        bases |= {place(cell): cell for cell in named
-                  if cell.measured and (cell.row.setting, cell.row.gpus, cell.row.engine) == (key, 1, "eager")}
+    for cell in named:
+        if cell.measured and (cell.row.gpus, cell.row.engine) == (1, "eager") and cell.row.setting in keys:
+            bases.setdefault(place(cell), []).insert(0, cell)
     return [(cell, base, compared(cell, base, figure) if cell.measured and cell is not base else None)
-            for cell in named for base in [bases.get(place(cell))]]
+            for cell in named for base in [max(bases.get(place(cell), ()), default=None, key=lambda one: (
+                -keys.index(one.row.setting), one is cell, len({*cell.row.rounds} & {*one.row.rounds})))]]
 
 
 def compared(cell: Cell, base: Cell | None, figure: str = "tokens_per_s") -> Ratio:
@@ -89,7 +91,8 @@ def _speed(group: list[Cell]) -> str:
     if not group:
         return ""
     start, found = f"at {group[0].workload}", beside(group)
-    base, every = found[0][1], {cell: ratio for cell, _, ratio in found if ratio}
+    base = max(bases := [base for _, base, _ in found], key=bases.count)  # of two versions': what most are held against
+    every = {cell: ratio for cell, other, ratio in found if ratio and other is base}
     judged = {cell: ratio for cell, ratio in every.items() if ratio.interval}
     if len(group) == 1:
         return f"{start} only {group[0].setting} was measured"
@@ -97,7 +100,7 @@ def _speed(group: list[Cell]) -> str:
         neither = " nor ".join(SETTINGS[key].label for key in BASELINES)
         return f"{start} nothing is compared: neither {neither} was measured"
     if not judged:
-        rounds = max(ratio.rounds for ratio in every.values())
+        rounds = max((ratio.rounds for ratio in every.values()), default=0)
         why = f"{rounds} shared rounds of the {LEAST} needed" if rounds else "measured apart, not side by side"
         return f"{start} the settings are not compared ({why}: see qb.sweep)"
     first = max(judged, key=lambda cell: judged[cell].value)

@@ -15,6 +15,7 @@ _FORMULA = tuple("=+-@＝＋－＠\t\r")  # what a spreadsheet would compute, if
 def save(run: Run, folder: str | os.PathLike) -> list[Path]:
     """Write rows.jsonl (unless the run's own file is there), table.csv, table.md with the findings, and the charts as
     PNG, each whole or not at all; return their paths.
+
     Raises ValueError if nothing was measured, and for two machines; OSError if the folder cannot be written."""
     run, folder = Run.of(run), Path(folder).expanduser()
     if not any(row.status == "ok" and row.tokens_per_s for row in run):

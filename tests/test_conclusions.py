@@ -128,3 +128,12 @@ def test_a_setting_on_two_gpus_is_another_cell_and_never_the_baseline():
     both = [row("gpu-fp16", [2 * s for s in SIX], gpus=2), FP16, INT8]
     assert len(Run(both)) == 3 and "GPU FP16 on 2 GPUs" in repr(show(both))
     assert dict(zip(ratios(both)["Setting"], ratios(both)["Ratio"])) == {"GPU FP16 on 2 GPUs": 0.5, "GPU INT8": 0.5}
+
+
+def test_of_two_versions_each_row_is_held_against_the_baseline_of_its_own_rounds():
+    later = row("gpu-fp16", [3.0] * 6, versions={"torch": "3"}, rounds=[f"b{place}" for place in range(6)])
+    run = Run([FP16, INT8, later])
+    assert [*ratios(run)["Verdict"]] == ["slower"] and ratios(run)["Ratio"].item() == pytest.approx(0.5)
+    assert "GPU FP16 is the fastest: GPU INT8 at 0.50" in said(*run)
+    for two in ([FP16, later], [later, FP16]):  # baselines alone
+        assert ratios(Run(two)).empty and "not compared" in said(*two)

@@ -68,7 +68,7 @@ class Candidate(NamedTuple):
     def memory_gb(self) -> float:
         """Peak VRAM, or peak RAM on a CPU; the weights where neither was read."""
         row = self.cell.row
-        return row.vram_gb or row.ram_peak_gb or row.weights_gb or inf
+        return max(row.vram_gb or row.ram_peak_gb or row.weights_gb or inf, 0)
 
     @property
     def seconds(self) -> float:

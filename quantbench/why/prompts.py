@@ -102,8 +102,7 @@ def _told(group: list[Cell]) -> str:
     names = listed([_name(cell) for cell in group if cell is best or cell in level])
     if not level:
         return f"{'take' if group[1:] else 'there is only'} {names}"
-    tied = all(compared(best, cell).verdict == "tie" for cell in level)
-    return f"{names} are {'a tie' if tied else 'not told apart'}"
+    return f"{names} are {'a tie' if {compared(best, cell).verdict for cell in level} == {'tie'} else 'not told apart'}"
 
 
 def _crossing(lengths: dict[int, list[Cell]], before: int, after: int) -> int | None:
@@ -139,7 +138,7 @@ def _draw_fastest(ax: Axes, batches: list[dict[int, list[Cell]]]) -> None:
         for length, group in one.items():
             winners, column = _fastest(group), lengths.index(length)
             ax.barh(place, 0.95, 0.9, left=column, color=colour_of(winners[0].row.setting), alpha=0.4)
-            names = textwrap.fill(" or ".join(map(_name, winners)), 42 // len(lengths))
+            names = textwrap.fill("only " * (len(group) < 2) + " or ".join(map(_name, winners)), 42 // len(lengths))
             ax.text(column + 0.05, place, names, va="center", size=SMALL - 1, parse_math=False)
     ax.set_yticks(range(len(batches)), [f"batch {next(iter(one.values()))[0].row.batch_size}" for one in batches])
     ax.set_xticks([column + 0.5 for column in range(len(lengths))], [f"{length:,}" for length in lengths])
