@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from quantbench.fields import (
     STRICT, Amount, Audit, Conditions, Count, Machine, Many, Name, Seconds, Size, Text, Trace, Versions, Weights, Whole)
-from quantbench.intervals import Interval, median_interval
+from quantbench.intervals import median_interval
 from quantbench.settings import PROMPT, SETTINGS, expect
 from quantbench.wording import EMPTY, as_html, plain, span
 

@@ -21,6 +21,8 @@ TINY = {
               "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2},
 }
 CPU_SETTINGS = ("cpu-fp32", "cpu-bf16", "cpu-int8", "cpu-int4", "cpu-int8-dynamic")
+BOTH = ["cpu-fp32", "cpu-int4"]  # settings of a sweep of two
+SHORT = {"repeats": 1, "progress": False}
 
 
 @pytest.fixture(scope="session", params=sorted(TINY))
@@ -43,6 +45,10 @@ def _folder(tmp_path_factory, name: str) -> str:
     folder = tmp_path_factory.mktemp(f"tiny-{name}-")
     (folder / "config.json").write_text(json.dumps(TINY[name]))
     return str(folder)
+
+
+def statuses(rows) -> dict[str, str]:
+    return {row.setting: row.status for row in rows}
 
 
 def pretrained(folder: Path, **config) -> str:

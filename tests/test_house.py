@@ -95,7 +95,7 @@ def test_files_and_functions_stay_small(module):
             assert node.end_lineno - node.lineno < 40, f"{module}.{node.name}"
 
 
-@pytest.mark.parametrize("name, most", [("core", 3_031), ("package", 6_637)])
+@pytest.mark.parametrize("name, most", [("core", 3_030), ("package", 6_637)])
 def test_the_house_grows_no_thicker(name, most):
     """The promise is 2,000 and 4,800. It is not kept: these numbers are what is there, so that growth is seen."""
     counted = [path for module, path in FILES.items() if name == "package" or not room(module)]

@@ -7,13 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 import quantbench as qb
 from quantbench.evaluation import passes
-from tests.conftest import TINY, pretrained
+from tests.conftest import pretrained
 
 SMALL = {"tokens": 300, "context": 32, "stride": 16, "progress": False}
 
