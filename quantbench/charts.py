@@ -91,7 +91,7 @@ def facets(named: list[Cell], bar: Callable[[Cell], Bar], together: bool = False
     for cell in able(named):
         bars = panels.setdefault((cell.title, cell.title if together else f"{cell.title} · {cell.workload}"), {})
         bars.setdefault(cell.setting, []).append(
-            bar(cell) if cell.measured else Bar(cell, None, cell.row.status.replace("_", " ")))
+            bar(cell) if cell.measured else Bar(cell, None, cell.outcome.partition(":")[0]))
 
     def rank(item: tuple[str, list[Bar]]) -> tuple[bool, float]:
         values = [bar.value for bar in item[1] if bar.value is not None]
